@@ -1,0 +1,254 @@
+"""Every record that crosses a process border, and how it is written to bytes.
+
+Frozen, tensor-free, readable without torch.  Arrays travel as little-endian bytes and are opened
+with numpy.  A changed meaning raises `SCHEMA_VERSION`; a reader refuses what it does not know.
+
+DraftsmithError
+├── WireError          an entry that cannot be read
+├── ArtifactError      a draft artifact that must not be loaded
+├── RegistryError      a state change that is not allowed
+│   └── ConflictError  somebody moved the alias first
+└── SettingsError      a setting that cannot work
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Literal, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+SCHEMA_VERSION = 1
+FLOOR_VERSION = 0  # the base draft itself: version 0 in every registry
+
+Coupling = Literal["gumbel", "maximal"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class DraftsmithError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class WireError(DraftsmithError):
+    """Raised when an entry of a stream cannot be read; the message says why."""
+
+
+class ArtifactError(DraftsmithError):
+    """Raised when a draft artifact must not be loaded; the message names the defect."""
+
+
+class RegistryError(DraftsmithError):
+    """Raised when a version, alias or job change is not allowed."""
+
+
+class ConflictError(RegistryError):
+    """Raised when the generation moved since the caller looked; the message names who moved it."""
+
+
+class SettingsError(DraftsmithError):
+    """Raised when a setting cannot work; the message names it, its value and what is valid."""
+
+
+class Verdict(IntEnum):
+    """What verification said about one recorded position."""
+
+    REJECTED = 0  # the first rejected draft token of its round; the committed token is recovered
+    ACCEPTED = 1  # the draft token is the committed token
+    UNDRAFTED = 2  # nothing was drafted here: a bonus token, or a round without speculation
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How one request samples. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+class VersionSpan(msgspec.Struct, frozen=True):
+    """From token index `start` on, rounds were drafted by `version`."""
+
+    start: int
+    version: int
+
+
+class VerifiedBlock(msgspec.Struct, frozen=True, kw_only=True):
+    """One stream entry: a stretch of one request with the target's verdicts and law.
+
+    `token_ids` holds the context and the committed tokens; index i of it is absolute position
+    `first_position + i` of the request.  Record r judges absolute position `positions[r]`, so its
+    committed token is `token_ids[positions[r] - first_position]`.  Log-probs are natural and at
+    temperature 1, before top-k and top-p; `tail_mass` is the probability outside the top-k.
+    Positions after the first rejection of a round are off the committed path and never recorded.
+
+    Shapes (n records, k = top_k):
+        token_ids: [t] uint32; positions, draft_ids: [n] uint32; verdicts: [n] uint8;
+        draft_logprobs, tail_mass: [n] float32; topk_ids: [n, k] uint32; topk_logprobs: [n, k] float16.
+        draft_ids and draft_logprobs mean nothing where the verdict is UNDRAFTED.
+    """
+
+    schema: int
+    request_id: str
+    segment: str
+    target_fingerprint: str
+    coupling: Coupling
+    sampling: Sampling
+    prompt_tokens: int
+    first_position: int
+    versions: tuple[VersionSpan, ...]
+    top_k: int
+    token_ids: bytes
+    positions: bytes
+    verdicts: bytes
+    draft_ids: bytes
+    draft_logprobs: bytes
+    topk_ids: bytes
+    topk_logprobs: bytes
+    tail_mass: bytes
+    logged_at_s: float
+
+    def array(self, field: str) -> NDArray[np.generic]:
+        """Open one of the array fields, shaped as the class docstring says."""
+        flat = np.frombuffer(getattr(self, field), dtype=_DTYPES[field])
+        return flat.reshape(-1, self.top_k) if field.startswith("topk") else flat
+
+    @property
+    def num_records(self) -> int:
+        """How many positions this block judges."""
+        return len(self.verdicts)
+
+
+_DTYPES = {
+    "token_ids": "<u4",
+    "positions": "<u4",
+    "verdicts": "u1",
+    "draft_ids": "<u4",
+    "draft_logprobs": "<f4",
+    "topk_ids": "<u4",
+    "topk_logprobs": "<f2",
+    "tail_mass": "<f4",
+}
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """Raw counters of rounds; every rate is derived from them where it is shown."""
+
+    num_rounds: int = 0
+    num_drafted: int = 0
+    num_examined: int = 0
+    num_accepted: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            num_rounds=self.num_rounds + other.num_rounds,
+            num_drafted=self.num_drafted + other.num_drafted,
+            num_examined=self.num_examined + other.num_examined,
+            num_accepted=self.num_accepted + other.num_accepted,
+        )
+
+    @property
+    def acceptance(self) -> float | None:
+        """Σ accepted / Σ examined, or None when nothing was examined."""
+        return self.num_accepted / self.num_examined if self.num_examined else None
+
+    @property
+    def tokens_per_round(self) -> float | None:
+        """1 + Σ accepted / rounds, or None when no round ran."""
+        return 1 + self.num_accepted / self.num_rounds if self.num_rounds else None
+
+
+class VersionCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What one draft version did for one request; rounds without speculation are not in it."""
+
+    version: int
+    counts: Counts
+
+
+class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What one finished request says about the drafts that served it.
+
+    Durations are seconds on the engine's monotonic clock; `finished_at_s` is epoch seconds.
+    `plain_rounds` counts rounds that ran without any drafted token.
+    """
+
+    schema: int
+    request_id: str
+    segment: str
+    finish_reason: FinishReason
+    sampling: Sampling
+    prompt_tokens: int
+    delivered_tokens: int
+    plain_rounds: int
+    by_version: tuple[VersionCounts, ...]
+    accepted_by_position: tuple[int, ...]
+    queue_s: float
+    first_token_s: float
+    total_s: float
+    finished_at_s: float
+
+    @property
+    def counts(self) -> Counts:
+        """The counters of all versions together."""
+        return sum((item.counts for item in self.by_version), Counts())
+
+
+Wire = VerifiedBlock | RequestOutcome
+_T = TypeVar("_T", VerifiedBlock, RequestOutcome)
+
+
+def to_wire(record: Wire) -> bytes:
+    """Write a record as msgpack."""
+    return msgspec.msgpack.encode(record)
+
+
+def block_from_wire(data: bytes) -> VerifiedBlock:
+    """Read a verified block and check that its arrays agree in length.
+
+    Raises:
+        WireError: not msgpack, a wrong type, an unknown schema, or arrays of unequal length.
+    """
+    block = _decode(data, VerifiedBlock)
+    num, k = len(block.verdicts), block.top_k
+    expected = {
+        "positions": 4 * num,
+        "draft_ids": 4 * num,
+        "draft_logprobs": 4 * num,
+        "tail_mass": 4 * num,
+        "topk_ids": 4 * num * k,
+        "topk_logprobs": 2 * num * k,
+    }
+    for field, size in expected.items():
+        if len(getattr(block, field)) != size:
+            raise WireError(
+                f"verified block {block.request_id!r}: {field} has {len(getattr(block, field))} "
+                f"bytes, expected {size} for {num} records of top-{k}"
+            )
+    positions = block.array("positions").astype(np.int64)
+    tokens = len(block.token_ids) // 4
+    if len(block.token_ids) % 4 or (
+        num and not (block.first_position < positions.min() and positions.max() < block.first_position + tokens)
+    ):
+        raise WireError(f"verified block {block.request_id!r}: positions point outside its {tokens} tokens")
+    return block
+
+
+def outcome_from_wire(data: bytes) -> RequestOutcome:
+    """Read a request outcome.
+
+    Raises:
+        WireError: not msgpack, a wrong type, or an unknown schema.
+    """
+    return _decode(data, RequestOutcome)
+
+
+def _decode(data: bytes, kind: type[_T]) -> _T:
+    try:
+        record = msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise WireError(f"not a {kind.__name__}: {error}") from error
+    if record.schema != SCHEMA_VERSION:
+        raise WireError(f"{kind.__name__} has schema {record.schema}; this build reads {SCHEMA_VERSION}")
+    return record

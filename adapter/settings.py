@@ -1,0 +1,209 @@
+"""One description of every setting, read from the environment (`DRAFTSMITH_SECTION__FIELD`).
+
+Command-line flags override what differs from launch to launch; everything else has a default that
+works on a laptop.  `REDIS_URL` and `DATABASE_URL` are honoured under their usual names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from adapter.contracts import SettingsError
+
+DEFAULT_TARGET = "smollm2-135m-instruct"
+_SOCKET_PATH_LIMIT = 90  # the kernel allows 107 bytes; leave room for the file name
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineSettings(_Section):
+    """The decoding engine."""
+
+    max_batch: int = Field(8, ge=1, le=256, description="requests decoded together")
+    max_model_len: int = Field(2048, ge=16, description="prompt and answer tokens of one request")
+    kv_tokens: int = Field(16384, ge=64, description="tokens the KV cache holds, all requests together")
+    block_tokens: int = Field(16, ge=1, le=256, description="tokens of one KV block")
+    prefill_tokens: int = Field(512, ge=16, description="prompt tokens processed in one step at the most")
+    max_waiting: int = Field(256, ge=1, description="requests queued before new ones get a 429")
+    gamma: int = Field(3, ge=0, le=16, description="tokens drafted in a round, unless a request says otherwise")
+    gamma_max: int = Field(8, ge=0, le=16, description="the most a request may ask for")
+    coupling: Literal["gumbel", "maximal"] = Field(
+        "gumbel", description="gumbel: same text with and without speculation; maximal: same law only"
+    )
+    threads: int = Field(0, ge=0, description="torch threads; 0 leaves the choice to torch")
+    swap_poll_s: float = Field(0.2, gt=0, description="how often the registry is asked for a new live version")
+    max_lora_norm_ratio: float = Field(
+        2.0, gt=0, description="largest allowed ‖ΔW‖/‖W0‖ of a layer before an artifact is refused"
+    )
+
+
+class LogSettings(_Section):
+    """What the engine logs for training and monitoring."""
+
+    enabled: bool = Field(True, description="write verified blocks and outcomes at all")
+    top_k: int = Field(32, ge=1, le=256, description="target log-probs kept a position")
+    flush_tokens: int = Field(256, ge=16, description="a long request is logged every so many tokens")
+    max_context_tokens: int = Field(768, ge=16, description="context tokens carried by one block")
+    queue_entries: int = Field(512, ge=1, description="entries held in memory while Redis is slow or gone")
+    stream_max_entries: int = Field(20000, ge=10, description="entries kept in each Redis stream")
+    timeout_s: float = Field(1.0, gt=0, description="how long one Redis call may take")
+    retry_s: float = Field(1.0, gt=0, description="pause before a broken Redis connection is tried again")
+
+
+class DistillSettings(_Section):
+    """The trainer and its gate."""
+
+    min_requests: int = Field(60, ge=1, description="logged requests needed before a training starts")
+    max_blocks: int = Field(4000, ge=8, description="blocks kept in the replay store, newest win")
+    holdout_share: float = Field(0.2, gt=0, lt=1, description="share of requests never trained on")
+    replay_share: float = Field(0.25, ge=0, lt=1, description="share of a batch drawn from older traffic")
+    rank: int = Field(16, ge=1, le=256, description="LoRA rank")
+    alpha: float = Field(32.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    epochs: float = Field(6.0, gt=0, description="passes over the fresh training blocks, at the most")
+    max_seconds: float = Field(240.0, gt=0, description="wall time one training may take")
+    batch_tokens: int = Field(2048, ge=64, description="tokens of one optimizer step")
+    rejected_weight: float = Field(2.0, gt=0, description="weight of rejected positions; others weigh 1")
+    gate_min_gain: float = Field(0.0, description="lower bound of the acceptance gain must exceed this")
+    gate_confidence: float = Field(0.95, gt=0.5, lt=1, description="confidence of the gate's interval")
+    gate_min_requests: int = Field(10, ge=2, description="held-out requests the gate needs to say yes")
+    nice: int = Field(10, ge=0, le=19, description="niceness of the trainer process")
+    threads: int = Field(1, ge=1, description="torch threads of the trainer")
+    lease_s: float = Field(30.0, gt=1, description="a job whose worker is silent this long is taken over")
+    seed: int = Field(0, ge=0, description="seed of splits, order and initial LoRA weights")
+
+
+class MonitorSettings(_Section):
+    """The watcher: drift, guard, alerts."""
+
+    window_s: float = Field(5.0, gt=0, description="length of one recorded acceptance window")
+    baseline_requests: int = Field(60, ge=10, description="requests that set a segment's baseline")
+    drift_false_alarms_per_30_days: float = Field(1.0, gt=0, description="for all segments together")
+    drift_expected_requests_per_s: float = Field(1.0, gt=0, description="traffic the false-alarm rate refers to")
+    drift_margin: float = Field(0.02, ge=0, lt=0.5, description="fall of acceptance that is not yet drift")
+    retrain_cooldown_s: float = Field(30.0, ge=0, description="pause after a training before the next")
+    auto_promote: bool = Field(True, description="promote a version that passed its gate")
+    guard_min_requests: int = Field(30, ge=5, description="requests a new version serves before it is judged")
+    guard_margin: float = Field(0.02, ge=0, description="loss of acceptance the guard tolerates")
+    webhook_urls: tuple[str, ...] = Field((), description="Apprise URLs that receive alerts")
+
+
+class Settings(BaseSettings):
+    """All settings of one deployment."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DRAFTSMITH_", env_nested_delimiter="__", extra="forbid", frozen=True, populate_by_name=True
+    )
+
+    data_dir: Path = Field(
+        default_factory=lambda: Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share")) / "draftsmith",
+        description="database, artifacts, logs and sockets",
+    )
+    cache_dir: Path = Field(
+        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "draftsmith",
+        description="converted models; safe to delete",
+    )
+    target: str = Field(DEFAULT_TARGET, description="target model: a Hugging Face name, a path, or the default")
+    draft: str = Field("auto", description="draft model: a name or path, `auto` for the shipped one, `none`")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights and arithmetic of both models")
+    host: str = Field("127.0.0.1", description="address the API and the dashboard listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port of the API")
+    dashboard_port: int = Field(8080, ge=0, le=65535, description="port of the dashboard")
+    redis_url: str | None = Field(
+        None, validation_alias=AliasChoices("redis_url", "REDIS_URL"), description="unset: the bundled Valkey"
+    )
+    database_url: str | None = Field(
+        None, validation_alias=AliasChoices("database_url", "DATABASE_URL"), description="unset: SQLite"
+    )
+    engine: EngineSettings = EngineSettings()
+    log: LogSettings = LogSettings()
+    distill: DistillSettings = DistillSettings()
+    monitors: MonitorSettings = MonitorSettings()
+
+    @property
+    def database(self) -> str:
+        """SQLAlchemy URL of the database in force."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'draftsmith.db'}"
+
+    @property
+    def redis(self) -> str:
+        """URL of the Redis or Valkey in force, in redis-py's form."""
+        return self.redis_url or f"unix://{self.run_dir / 'valkey.sock'}"
+
+    @property
+    def broker(self) -> str:
+        """The same server in Celery's form."""
+        return self.redis.replace("unix://", "redis+socket://", 1)
+
+    @property
+    def artifacts_dir(self) -> Path:
+        """Where draft artifacts live, one folder a content hash."""
+        return self.data_dir / "artifacts"
+
+    @property
+    def replay_dir(self) -> Path:
+        """Where the trainer keeps the blocks it may train on again."""
+        return self.data_dir / "replay"
+
+    @property
+    def logs_dir(self) -> Path:
+        """Where the processes of `draftsmith up` write their logs."""
+        return self.data_dir / "logs"
+
+    @property
+    def run_dir(self) -> Path:
+        """Sockets, locks and the role table; a short path beside /tmp where `data_dir` is too long."""
+        inside = self.data_dir.resolve() / "run"
+        if len(str(inside)) <= _SOCKET_PATH_LIMIT:
+            return inside
+        digest = hashlib.sha256(str(inside).encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"draftsmith-{os.getuid()}-{digest}"
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Read the environment, apply `overrides` that are not None, and check everything.
+
+    Raises:
+        SettingsError: one line a problem, each with the name, the value and what is valid.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in problem['loc'])} = {problem.get('input')!r}: {problem['msg']}"
+            for problem in error.errors()
+        ]
+        raise SettingsError("settings that cannot work:\n  " + "\n  ".join(lines)) from None
+
+
+def child_environment(settings: Settings) -> dict[str, str]:
+    """Return the environment that makes a child process read exactly these settings."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("DRAFTSMITH_")}
+    for name, value in settings.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            env[f"DRAFTSMITH_{name.upper()}"] = _json(value)
+        elif value is not None:
+            env[f"DRAFTSMITH_{name.upper()}"] = str(value)
+    if settings.redis_url:
+        env["REDIS_URL"] = settings.redis_url
+    if settings.database_url:
+        env["DATABASE_URL"] = settings.database_url
+    for name in ("DRAFTSMITH_REDIS_URL", "DRAFTSMITH_DATABASE_URL"):
+        env.pop(name, None)
+    return env
+
+
+def _json(value: object) -> str:
+    import json
+
+    return json.dumps(value)

@@ -1,0 +1,230 @@
+"""Redis streams: bounded appends by a background publisher, grouped reads by consumers.
+
+The publisher is the only thing that the decoding loop ever touches here, and it only touches a
+bounded queue: a full queue drops the oldest entry and counts it.  Redis may be down, hang or come
+back empty at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import redis
+import structlog
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from adapter import keys
+from adapter.contracts import Wire, to_wire
+
+log = structlog.get_logger(__name__)
+
+BROKEN = (redis.RedisError, OSError)
+_BATCH = 64
+
+
+def connect(url: str, timeout_s: float) -> redis.Redis:
+    """Open a client whose every call ends within about `timeout_s` and never retries by itself."""
+    return redis.Redis.from_url(
+        url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PublisherStats:
+    """Counters since start: entries offered, written, dropped; and whether Redis answered last."""
+
+    offered: int
+    written: int
+    dropped: int
+    connected: bool
+
+
+class StreamPublisher:
+    """Write records to streams from a thread of its own.
+
+    `offer` never blocks and never raises.  When Redis fails, the batch in hand is kept and tried
+    again after `retry_s`; what does not fit into `queue_entries` meanwhile is dropped, oldest first.
+    """
+
+    def __init__(
+        self, url: str, *, queue_entries: int, max_entries: int, timeout_s: float, retry_s: float
+    ) -> None:
+        self._url = url
+        self._timeout_s = timeout_s
+        self._retry_s = retry_s
+        self._max_entries = max_entries
+        self._queue: deque[tuple[str, Wire]] = deque(maxlen=queue_entries)
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._offered = self._written = self._dropped = 0
+        self._connected = False
+        self._thread = threading.Thread(target=self._run, name="stream-publisher", daemon=True)
+        self._thread.start()
+
+    def offer(self, stream: str, record: Wire) -> None:
+        """Queue a record; serialisation happens on the publisher's thread."""
+        with self._lock:
+            self._offered += 1
+            if len(self._queue) == self._queue.maxlen:
+                self._dropped += 1
+            self._queue.append((stream, record))
+        self._wake.set()
+
+    def stats(self) -> PublisherStats:
+        """Return the counters."""
+        with self._lock:
+            return PublisherStats(self._offered, self._written, self._dropped, self._connected)
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Write what is queued if Redis answers within `timeout_s`, then stop."""
+        self._stop.set()
+        self._wake.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        client: redis.Redis | None = None
+        while True:
+            self._wake.wait(timeout=0.5)
+            self._wake.clear()
+            while batch := self._take():
+                try:
+                    client = client or connect(self._url, self._timeout_s)
+                    self._write(client, batch)
+                except BROKEN as error:
+                    self._put_back(batch, error)
+                    client = None
+                    if self._stop.is_set():
+                        return
+                    self._stop.wait(self._retry_s)
+            if self._stop.is_set():
+                return
+
+    def _take(self) -> list[tuple[str, Wire]]:
+        with self._lock:
+            return [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
+
+    def _write(self, client: redis.Redis, batch: list[tuple[str, Wire]]) -> None:
+        pipe = client.pipeline(transaction=False)
+        for stream, record in batch:
+            pipe.xadd(stream, {keys.PAYLOAD_FIELD: to_wire(record)}, maxlen=self._max_entries, approximate=True)
+        pipe.execute()
+        with self._lock:
+            self._written += len(batch)
+            if not self._connected:
+                log.info("log_connected", written=self._written, dropped=self._dropped)
+            self._connected = True
+
+    def _put_back(self, batch: list[tuple[str, Wire]], error: Exception) -> None:
+        """Return a failed batch to the front as far as there is room; a part may be written twice."""
+        with self._lock:
+            room = (self._queue.maxlen or 0) - len(self._queue)
+            kept = batch[len(batch) - room :] if room < len(batch) else batch
+            self._dropped += len(batch) - len(kept)
+            self._queue.extendleft(reversed(kept))
+            if self._connected:
+                log.warning("log_disconnected", error=str(error))
+            self._connected = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stream entry: Redis id and payload bytes."""
+
+    entry_id: str
+    payload: bytes
+
+
+class StreamReader:
+    """Read a stream through a consumer group; survives a Redis that lost the group.
+
+    Raises redis errors to the caller, who decides whether to wait or to give up.
+    """
+
+    def __init__(self, client: redis.Redis, stream: str, group: str, consumer: str) -> None:
+        self._client = client
+        self._stream = stream
+        self._group = group
+        self._consumer = consumer
+
+    def read(self, count: int, block_ms: int | None = None) -> list[Entry]:
+        """Return new entries for this group; they stay pending until `ack`."""
+        try:
+            reply = self._client.xreadgroup(
+                self._group, self._consumer, {self._stream: ">"}, count=count, block=block_ms
+            )
+        except redis.ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            self._create_group()
+            return self.read(count, block_ms)
+        return [entry for _, items in _pairs(reply) for entry in _entries(items)]
+
+    def claim(self, min_idle_ms: int, count: int) -> list[Entry]:
+        """Take over entries another consumer read and never acknowledged."""
+        try:
+            reply = self._client.xautoclaim(
+                self._stream, self._group, self._consumer, min_idle_time=min_idle_ms, count=count
+            )
+        except redis.ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            self._create_group()
+            return []
+        return _entries(reply[1])
+
+    def ack(self, entries: list[Entry]) -> None:
+        """Mark entries as done."""
+        if entries:
+            self._client.xack(self._stream, self._group, *[entry.entry_id for entry in entries])
+
+    def bury(self, entry: Entry, dead_stream: str, reason: str) -> None:
+        """Move an entry that cannot be read to a dead-letter stream and acknowledge it."""
+        fields = {keys.PAYLOAD_FIELD: entry.payload, b"reason": reason.encode()[:500]}
+        self._client.xadd(dead_stream, fields, maxlen=1000, approximate=True)
+        self.ack([entry])
+
+    def _create_group(self) -> None:
+        with contextlib.suppress(redis.ResponseError):  # BUSYGROUP: another consumer was faster
+            self._client.xgroup_create(self._stream, self._group, id="0", mkstream=True)
+
+
+def _pairs(reply: object) -> list[tuple[bytes, list[object]]]:
+    if not reply:
+        return []
+    return list(reply.items()) if isinstance(reply, dict) else list(reply)  # type: ignore[call-overload, no-any-return]
+
+
+def _entries(items: object) -> list[Entry]:
+    """Open (id, fields) pairs; trimmed entries arrive with no fields and are skipped."""
+    found = []
+    for item in _flatten(items):
+        entry_id, fields = item
+        if fields:
+            found.append(Entry(entry_id.decode(), fields.get(keys.PAYLOAD_FIELD, b"")))
+    return found
+
+
+def _flatten(items: object) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
+    for item in items or []:  # type: ignore[attr-defined]
+        if isinstance(item, list) and item and isinstance(item[0], tuple):
+            yield from item
+        elif item[0] is not None:
+            yield item
+
+
+def wait_until_up(client: redis.Redis, timeout_s: float, sleep: Callable[[float], None] = time.sleep) -> bool:
+    """Ping until Redis answers; False when it did not within `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(*BROKEN):
+            if client.ping():
+                return True
+        sleep(0.05)
+    return False

@@ -1,0 +1,1 @@
+"""Watches acceptance, judges versions, alerts, and shows it all to an operator."""

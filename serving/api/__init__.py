@@ -1,0 +1,1 @@
+"""The HTTP front: requests in, tokens out.  Never imports torch."""

@@ -1,0 +1,1 @@
+"""The decoding engine: batches, drafts, verifies, commits, records, swaps."""
