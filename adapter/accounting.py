@@ -83,7 +83,9 @@ class Accounting:
         if until_s is not None:
             query = query.where(windows.c.at_s <= until_s)
         with self._read.begin() as connection:
-            return [Window(**row) for row in connection.execute(query.order_by(windows.c.at_s, windows.c.id)).mappings()]
+            return [
+                Window(**row) for row in connection.execute(query.order_by(windows.c.at_s, windows.c.id)).mappings()
+            ]
 
     def newest_at_s(self) -> float | None:
         """Return when the newest window ended."""

@@ -43,7 +43,11 @@ class Alerts:
                 return None
             new = connection.execute(
                 insert(alerts).values(
-                    rule=rule, key=key, severity=severity, summary=summary, evidence=evidence,
+                    rule=rule,
+                    key=key,
+                    severity=severity,
+                    summary=summary,
+                    evidence=evidence,
                     opened_at_s=self._clock(),
                 )
             ).inserted_primary_key

@@ -13,10 +13,12 @@ JSON, and values are checked with numpy.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -27,6 +29,7 @@ TENSORS = "adapter.safetensors"
 MANIFEST = "manifest.json"
 _MAX_HEADER_BYTES = 1 << 20
 _ITEM_BYTES = {"F32": 4, "BF16": 2}
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -34,6 +37,12 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     shape: tuple[int, ...]
     dtype: str
+
+
+class _HeaderEntry(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+    data_offsets: tuple[Annotated[int, msgspec.Meta(ge=0)], int]
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,10 +74,13 @@ def store(root: Path, tensors_file: Path, **claims: Any) -> Manifest:
     """
     sha256 = file_sha256(tensors_file)
     manifest = Manifest(
-        schema=1, sha256=sha256, size_bytes=tensors_file.stat().st_size,
-        tensors=read_header(tensors_file), **claims,
+        schema=1,
+        sha256=sha256,
+        size_bytes=tensors_file.stat().st_size,
+        tensors=read_header(tensors_file),
+        **claims,
     )
-    folder = root / sha256
+    folder = _folder(root, sha256)
     if (folder / MANIFEST).exists():
         return load_manifest(root, sha256)
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +97,7 @@ def load_manifest(root: Path, sha256: str) -> Manifest:
     Raises:
         ArtifactError: the artifact or its manifest is missing or unreadable.
     """
-    path = root / sha256 / MANIFEST
+    path = _folder(root, sha256) / MANIFEST
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except FileNotFoundError:
@@ -108,7 +120,7 @@ def verify(
         ArtifactError: the first defect found, in words.
     """
     manifest = load_manifest(root, sha256)
-    path = root / sha256 / TENSORS
+    path = _folder(root, sha256) / TENSORS
     if manifest.target_fingerprint != target_fingerprint:
         raise ArtifactError(
             f"artifact {sha256[:12]} was trained for target {manifest.target_fingerprint[:12]}, "
@@ -124,11 +136,20 @@ def verify(
     except OSError as error:
         raise ArtifactError(f"artifact {sha256[:12]} cannot be read: {error}") from error
     if size != manifest.size_bytes:
-        raise ArtifactError(f"artifact {sha256[:12]} is truncated: {size} bytes, its manifest says {manifest.size_bytes}")
+        raise ArtifactError(
+            f"artifact {sha256[:12]} is truncated: {size} bytes, its manifest says {manifest.size_bytes}"
+        )
     if file_sha256(path) != sha256:
         raise ArtifactError(f"artifact {sha256[:12]} was altered: its bytes no longer match its sha256")
     _check_tensors(path, sha256, manifest, expected)
     return path
+
+
+def _folder(root: Path, sha256: str) -> Path:
+    """Return the folder of a hash; anything but 64 hex digits would be a path of somebody's choosing."""
+    if not _SHA256.fullmatch(sha256):
+        raise ArtifactError(f"{sha256[:80]!r} is not a sha256; expected 64 lower-case hex digits")
+    return root / sha256
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:
@@ -147,12 +168,11 @@ def _check_tensors(path: Path, sha256: str, manifest: Manifest, expected: dict[s
         raise ArtifactError(
             f"artifact {sha256[:12]} has the wrong tensors: missing {missing[:3]}, unexpected {extra[:3]}"
         )
-    base = path.stat().st_size - max(end for _, _, end in table.values())
     with path.open("rb") as file:
         for name, (spec, start, end) in table.items():
             if tuple(spec.shape) != tuple(expected[name]) or manifest.tensors.get(name) != spec:
                 raise ArtifactError(f"tensor {name!r} has shape {list(spec.shape)}, expected {list(expected[name])}")
-            file.seek(base + start)
+            file.seek(start)
             if not _finite(file.read(end - start), spec.dtype):
                 raise ArtifactError(f"tensor {name!r} of artifact {sha256[:12]} holds NaN or infinite values")
 
@@ -164,29 +184,41 @@ def _finite(data: bytes, dtype: str) -> bool:
 
 
 def _header(path: Path) -> dict[str, tuple[TensorSpec, int, int]]:
+    """Return spec, first byte and end of every tensor; together they must fill the file exactly."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= _MAX_HEADER_BYTES:
                 raise ArtifactError(f"{path.name} announces a header of {length} bytes; at most {_MAX_HEADER_BYTES}")
             raw = msgspec.json.decode(file.read(length), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError) as error:
+        size = path.stat().st_size
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
         raise ArtifactError(f"{path.name} is not a safetensors file: {error}") from error
     raw.pop("__metadata__", None)
-    table = {}
-    for name, item in raw.items():
-        try:
-            spec = TensorSpec(tuple(item["shape"]), item["dtype"])
-            start, end = item["data_offsets"]
-            size = _ITEM_BYTES[spec.dtype] * int(np.prod(spec.shape, dtype=np.int64))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path.name}: tensor {name!r} is described wrongly: {error!r}") from error
-        if end - start != size:
-            raise ArtifactError(f"{path.name}: tensor {name!r} holds {end - start} bytes, its shape needs {size}")
-        table[name] = (spec, start, end)
+    base = 8 + length
+    table = {name: _place_of(path, name, item, base) for name, item in raw.items()}
     if not table:
         raise ArtifactError(f"{path.name} holds no tensors")
+    end = base
+    for name, (_, start, stop) in sorted(table.items(), key=lambda item: item[1][1:]):
+        if start != end:
+            raise ArtifactError(f"{path.name}: tensor {name!r} starts at byte {start}, the one before ends at {end}")
+        end = stop
+    if end != size:
+        raise ArtifactError(f"{path.name} has {size} bytes, its tensors end at {end}")
     return table
+
+
+def _place_of(path: Path, name: str, item: Any, base: int) -> tuple[TensorSpec, int, int]:
+    try:
+        entry = msgspec.convert(item, _HeaderEntry)
+        size = _ITEM_BYTES[entry.dtype] * math.prod(entry.shape)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise ArtifactError(f"{path.name}: tensor {name!r} is described wrongly: {error!r}") from error
+    start, end = entry.data_offsets
+    if end - start != size:
+        raise ArtifactError(f"{path.name}: tensor {name!r} holds {end - start} bytes, its shape needs {size}")
+    return TensorSpec(entry.shape, entry.dtype), base + start, base + end
 
 
 def _place(source: Path, destination: Path) -> None:

@@ -212,6 +212,10 @@ def block_from_wire(data: bytes) -> VerifiedBlock:
     """
     block = _decode(data, VerifiedBlock)
     num, k = len(block.verdicts), block.top_k
+    if k < 1:
+        raise WireError(f"verified block {block.request_id!r}: top_k is {k}; expected 1 or more")
+    if num and max(block.verdicts) > max(Verdict):
+        raise WireError(f"verified block {block.request_id!r}: verdict {max(block.verdicts)} has no meaning")
     expected = {
         "positions": 4 * num,
         "draft_ids": 4 * num,

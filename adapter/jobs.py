@@ -56,8 +56,15 @@ class Jobs:
             job_id = uuid.uuid4().hex[:12]
             connection.execute(
                 insert(jobs).values(
-                    id=job_id, state="queued", reason=reason, requested_by=requested_by,
-                    created_at_s=self._clock(), attempts=0, epoch=0, progress={}, result={},
+                    id=job_id,
+                    state="queued",
+                    reason=reason,
+                    requested_by=requested_by,
+                    created_at_s=self._clock(),
+                    attempts=0,
+                    epoch=0,
+                    progress={},
+                    result={},
                 )
             )
             return self._one(connection, job_id)
@@ -77,9 +84,15 @@ class Jobs:
                 self._close(connection, job_id, "failed", {}, f"gave up after {job.attempts} attempts")
                 return None
             connection.execute(
-                update(jobs).where(jobs.c.id == job_id).values(
-                    state="running", worker=worker, started_at_s=now, epoch=job.epoch + 1,
-                    attempts=job.attempts + 1, lease_until_s=now + lease_s,
+                update(jobs)
+                .where(jobs.c.id == job_id)
+                .values(
+                    state="running",
+                    worker=worker,
+                    started_at_s=now,
+                    epoch=job.epoch + 1,
+                    attempts=job.attempts + 1,
+                    lease_until_s=now + lease_s,
                 )
             )
             return self._one(connection, job_id)
@@ -149,9 +162,9 @@ class Jobs:
 
     def _close(self, connection: Any, job_id: str, state: str, result: dict[str, Any], error: str) -> None:
         connection.execute(
-            update(jobs).where(jobs.c.id == job_id).values(
-                state=state, result=result, error=error, finished_at_s=self._clock()
-            )
+            update(jobs)
+            .where(jobs.c.id == job_id)
+            .values(state=state, result=result, error=error, finished_at_s=self._clock())
         )
 
     def _one(self, connection: Any, job_id: str) -> Job:

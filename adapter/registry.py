@@ -123,17 +123,28 @@ class Registry:
             RegistryError: this registry belongs to another pair.
         """
         with self._engine.begin() as connection:
-            row = connection.execute(
-                select(tables.drafts).where(tables.drafts.c.version == FLOOR_VERSION)
-            ).mappings().first()
+            row = (
+                connection.execute(select(tables.drafts).where(tables.drafts.c.version == FLOOR_VERSION))
+                .mappings()
+                .first()
+            )
             if row is None:
                 self._insert(
                     connection,
                     Draft(
-                        version=FLOOR_VERSION, parent=None, state="ready", artifact_sha256=None,
-                        artifact_bytes=None, target_fingerprint=target_fingerprint,
-                        base_fingerprint=base_fingerprint, trained_on={}, gate={},
-                        reason="base draft", job_id=None, created_at_s=self._clock(), created_by=actor,
+                        version=FLOOR_VERSION,
+                        parent=None,
+                        state="ready",
+                        artifact_sha256=None,
+                        artifact_bytes=None,
+                        target_fingerprint=target_fingerprint,
+                        base_fingerprint=base_fingerprint,
+                        trained_on={},
+                        gate={},
+                        reason="base draft",
+                        job_id=None,
+                        created_at_s=self._clock(),
+                        created_by=actor,
                     ),
                 )
                 connection.execute(insert(tables.generation).values(scope=_SCOPE, value=1))
@@ -173,10 +184,19 @@ class Registry:
                 select(tables.drafts.c.version).order_by(tables.drafts.c.version.desc()).limit(1)
             ).scalar_one()
             draft = Draft(
-                version=newest + 1, parent=parent, state=state, artifact_sha256=artifact_sha256,
-                artifact_bytes=artifact_bytes, target_fingerprint=base.target_fingerprint,
-                base_fingerprint=base.base_fingerprint, trained_on=trained_on, gate=gate, reason=reason,
-                job_id=job_id, created_at_s=self._clock(), created_by=actor,
+                version=newest + 1,
+                parent=parent,
+                state=state,
+                artifact_sha256=artifact_sha256,
+                artifact_bytes=artifact_bytes,
+                target_fingerprint=base.target_fingerprint,
+                base_fingerprint=base.base_fingerprint,
+                trained_on=trained_on,
+                gate=gate,
+                reason=reason,
+                job_id=job_id,
+                created_at_s=self._clock(),
+                created_by=actor,
             )
             self._insert(connection, draft)
             generation = self._live(connection).generation
@@ -184,8 +204,14 @@ class Registry:
             return draft
 
     def promote(
-        self, version: int, *, actor: str, reason: str, automatic: bool = False,
-        expected_generation: int | None = None, evidence: dict[str, Any] | None = None,
+        self,
+        version: int,
+        *,
+        actor: str,
+        reason: str,
+        automatic: bool = False,
+        expected_generation: int | None = None,
+        evidence: dict[str, Any] | None = None,
     ) -> Live:
         """Make `version` live; what was live becomes previous.
 
@@ -205,8 +231,13 @@ class Registry:
         return after
 
     def roll_back(
-        self, *, actor: str, reason: str, automatic: bool = False,
-        expected_generation: int | None = None, evidence: dict[str, Any] | None = None,
+        self,
+        *,
+        actor: str,
+        reason: str,
+        automatic: bool = False,
+        expected_generation: int | None = None,
+        evidence: dict[str, Any] | None = None,
     ) -> Live:
         """Make the previous version live again; to the base draft when there is no previous one.
 
@@ -226,7 +257,12 @@ class Registry:
         return after
 
     def quarantine(
-        self, version: int, *, actor: str, reason: str, automatic: bool = False,
+        self,
+        version: int,
+        *,
+        actor: str,
+        reason: str,
+        automatic: bool = False,
         evidence: dict[str, Any] | None = None,
     ) -> Live:
         """Forbid a version for good.  A live one is left first: to previous, or to the base draft.
@@ -276,14 +312,18 @@ class Registry:
         if value is None or "live" not in named:
             raise RegistryError("no base draft is installed here yet; `draftsmith serve` or `up` installs it")
         return Live(
-            generation=value, live=named["live"], previous=named.get("previous"),
+            generation=value,
+            live=named["live"],
+            previous=named.get("previous"),
             artifacts={row.version: row.artifact_sha256 for row in rows},
         )
 
     def _draft(self, connection: Connection, version: int) -> Draft:
         row = connection.execute(select(tables.drafts).where(tables.drafts.c.version == version)).mappings().first()
         if row is None:
-            known = connection.execute(select(tables.drafts.c.version).order_by(tables.drafts.c.version)).scalars().all()
+            known = (
+                connection.execute(select(tables.drafts.c.version).order_by(tables.drafts.c.version)).scalars().all()
+            )
             listed = ", ".join(str(item) for item in known) or "none"
             raise RegistryError(f"there is no draft version {version}; known versions: {listed}")
         return Draft(**row)
@@ -291,22 +331,39 @@ class Registry:
     def _expect(self, connection: Connection, expected: int | None) -> Live:
         live = self._live(connection, lock=True)
         if expected is not None and expected != live.generation:
-            last = connection.execute(
-                select(tables.audit).where(tables.audit.c.generation == live.generation)
-                .order_by(tables.audit.c.id).limit(1)
-            ).mappings().first()
-            what = f"{last['actor']} did '{last['verb']}' to version {last['to_version']}" if last else "somebody moved it"
+            last = (
+                connection.execute(
+                    select(tables.audit)
+                    .where(tables.audit.c.generation == live.generation)
+                    .order_by(tables.audit.c.id)
+                    .limit(1)
+                )
+                .mappings()
+                .first()
+            )
+            what = (
+                f"{last['actor']} did '{last['verb']}' to version {last['to_version']}" if last else "somebody moved it"
+            )
             raise ConflictError(
                 f"generation is {live.generation}, you looked at {expected}: {what} meanwhile. Look again and repeat"
             )
         return live
 
     def _move(
-        self, connection: Connection, before: Live, to: int, verb: str, actor: str,
-        automatic: bool, reason: str, evidence: dict[str, Any] | None,
+        self,
+        connection: Connection,
+        before: Live,
+        to: int,
+        verb: str,
+        actor: str,
+        automatic: bool,
+        reason: str,
+        evidence: dict[str, Any] | None,
     ) -> Live:
         generation = before.generation + 1
-        connection.execute(update(tables.generation).where(tables.generation.c.scope == _SCOPE).values(value=generation))
+        connection.execute(
+            update(tables.generation).where(tables.generation.c.scope == _SCOPE).values(value=generation)
+        )
         connection.execute(update(tables.aliases).where(tables.aliases.c.name == "live").values(version=to))
         moved = connection.execute(
             update(tables.aliases).where(tables.aliases.c.name == "previous").values(version=before.live)
@@ -320,12 +377,27 @@ class Registry:
         connection.execute(insert(tables.drafts).values(**msgspec.structs.asdict(draft)))
 
     def _note(
-        self, connection: Connection, actor: str, automatic: bool, verb: str, from_version: int | None,
-        to_version: int | None, generation: int, reason: str, evidence: dict[str, Any],
+        self,
+        connection: Connection,
+        actor: str,
+        automatic: bool,
+        verb: str,
+        from_version: int | None,
+        to_version: int | None,
+        generation: int,
+        reason: str,
+        evidence: dict[str, Any],
     ) -> None:
         connection.execute(
             insert(tables.audit).values(
-                at_s=self._clock(), actor=actor, automatic=int(automatic), verb=verb, from_version=from_version,
-                to_version=to_version, generation=generation, reason=reason, evidence=evidence,
+                at_s=self._clock(),
+                actor=actor,
+                automatic=int(automatic),
+                verb=verb,
+                from_version=from_version,
+                to_version=to_version,
+                generation=generation,
+                reason=reason,
+                evidence=evidence,
             )
         )

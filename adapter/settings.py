@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -176,6 +177,8 @@ def load_settings(**overrides: object) -> Settings:
         SettingsError: one line a problem, each with the name, the value and what is valid.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
+    if unknown := _unknown_names():
+        raise SettingsError("settings that do not exist:\n  " + "\n  ".join(unknown))
     try:
         return Settings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -184,6 +187,20 @@ def load_settings(**overrides: object) -> Settings:
             for problem in error.errors()
         ]
         raise SettingsError("settings that cannot work:\n  " + "\n  ".join(lines)) from None
+
+
+def _unknown_names() -> list[str]:
+    """Say which DRAFTSMITH_ variables would be ignored, and what was probably meant."""
+    plain = {"redis_url", "database_url"}
+    known = set(Settings.model_fields) - plain
+    lines = []
+    for name in sorted(os.environ):
+        field = name.removeprefix("DRAFTSMITH_").lower().split("__")[0]
+        if not name.startswith("DRAFTSMITH_") or field in known:
+            continue
+        guess = [field] if field in plain else [f"DRAFTSMITH_{near}" for near in get_close_matches(field, known, 1)]
+        lines.append(name + "".join(f"; did you mean {near.upper()}?" for near in guess))
+    return lines
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

@@ -26,6 +26,7 @@ log = structlog.get_logger(__name__)
 
 BROKEN = (redis.RedisError, OSError)
 _BATCH = 64
+_Item = tuple[str, Wire | bytes]  # stream, and a record or what it was encoded to already
 
 
 def connect(url: str, timeout_s: float) -> redis.Redis:
@@ -52,14 +53,12 @@ class StreamPublisher:
     again after `retry_s`; what does not fit into `queue_entries` meanwhile is dropped, oldest first.
     """
 
-    def __init__(
-        self, url: str, *, queue_entries: int, max_entries: int, timeout_s: float, retry_s: float
-    ) -> None:
+    def __init__(self, url: str, *, queue_entries: int, max_entries: int, timeout_s: float, retry_s: float) -> None:
         self._url = url
         self._timeout_s = timeout_s
         self._retry_s = retry_s
         self._max_entries = max_entries
-        self._queue: deque[tuple[str, Wire]] = deque(maxlen=queue_entries)
+        self._queue: deque[_Item] = deque(maxlen=queue_entries)
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -93,7 +92,8 @@ class StreamPublisher:
         while True:
             self._wake.wait(timeout=0.5)
             self._wake.clear()
-            while batch := self._take():
+            while taken := self._take():
+                batch = self._encode(taken)
                 try:
                     client = client or connect(self._url, self._timeout_s)
                     self._write(client, batch)
@@ -106,14 +106,26 @@ class StreamPublisher:
             if self._stop.is_set():
                 return
 
-    def _take(self) -> list[tuple[str, Wire]]:
+    def _take(self) -> list[_Item]:
         with self._lock:
             return [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
 
-    def _write(self, client: redis.Redis, batch: list[tuple[str, Wire]]) -> None:
-        pipe = client.pipeline(transaction=False)
+    def _encode(self, batch: list[_Item]) -> list[tuple[str, bytes]]:
+        """Write records to bytes; one that cannot be written is dropped alone."""
+        ready = []
         for stream, record in batch:
-            pipe.xadd(stream, {keys.PAYLOAD_FIELD: to_wire(record)}, maxlen=self._max_entries, approximate=True)
+            try:
+                ready.append((stream, record if isinstance(record, bytes) else to_wire(record)))
+            except Exception as error:  # whatever a malformed record raises, the publisher must live on
+                with self._lock:
+                    self._dropped += 1
+                log.error("log_record_unwritable", stream=stream, error=repr(error))
+        return ready
+
+    def _write(self, client: redis.Redis, batch: list[tuple[str, bytes]]) -> None:
+        pipe = client.pipeline(transaction=False)
+        for stream, payload in batch:
+            pipe.xadd(stream, {keys.PAYLOAD_FIELD: payload}, maxlen=self._max_entries, approximate=True)
         pipe.execute()
         with self._lock:
             self._written += len(batch)
@@ -121,7 +133,7 @@ class StreamPublisher:
                 log.info("log_connected", written=self._written, dropped=self._dropped)
             self._connected = True
 
-    def _put_back(self, batch: list[tuple[str, Wire]], error: Exception) -> None:
+    def _put_back(self, batch: list[tuple[str, bytes]], error: Exception) -> None:
         """Return a failed batch to the front as far as there is room; a part may be written twice."""
         with self._lock:
             room = (self._queue.maxlen or 0) - len(self._queue)

@@ -134,8 +134,13 @@ def chat_turns(tokenizer: Any) -> Turns:
     return Turns(prefix_ids, marker(between), marker(to_user), end_of_turn)
 
 
-def _pick(logits: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor,
-          temperature: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _pick(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    logprobs: torch.Tensor,
+    temperature: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
     """Sample each row from its top-k at its own temperature (0 is greedy)."""
     safe = temperature.clamp_min(1e-3)[:, None]
     law = torch.softmax(logprobs / safe, dim=-1)

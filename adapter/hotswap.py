@@ -1,0 +1,258 @@
+"""Follow the registry and change the served draft between two rounds.
+
+A thread polls the registry, checks and merges a new live version into a spare slot and leaves it
+ready; the decoding loop calls `poll` between rounds, which only moves a reference.  Floor, live and
+previous stay resident, so going back needs no disk.  An artifact that must not be loaded is
+quarantined with the reason and serving stays on what it has.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from sqlalchemy.exc import SQLAlchemyError
+
+from adapter import artifacts
+from adapter.contracts import FLOOR_VERSION, ArtifactError, RegistryError
+from adapter.lora import base_weights, load_factors, merge
+from adapter.pairs import Pair, expected_tensors
+from adapter.registry import Live, Registry
+
+log = structlog.get_logger(__name__)
+
+ACTOR = "engine"
+
+
+@dataclass(frozen=True, slots=True)
+class SwapReceipt:
+    """One swap: what is drafted with now, what was before, and how long the loop stood still."""
+
+    version: int
+    replaced: int
+    generation: int
+    pause_ms: float
+    at_s: float
+
+
+class DraftSlots:
+    """Resident drafts by version: the base draft and up to three merged ones, at fixed addresses.
+
+    Slots share embedding, head and norms; only the linear layers a version may change are their own.
+    """
+
+    def __init__(self, base_model: Any, pair: Pair, max_norm_ratio: float) -> None:
+        self._pair = pair
+        self._max_norm_ratio = max_norm_ratio
+        self._modules = list(pair.lora_shapes)
+        self._pristine = base_weights(base_model, self._modules)
+        self._resident: dict[int, Any] = {FLOOR_VERSION: base_model}
+        self._spare: list[Any] = []
+        self._base = base_model
+
+    def get(self, version: int) -> Any | None:
+        """Return the resident model of a version, if there is one."""
+        return self._resident.get(version)
+
+    @property
+    def versions(self) -> list[int]:
+        """Versions that can be served at once."""
+        return sorted(self._resident)
+
+    def load(self, version: int, artifact_sha256: str, root: Path) -> Any:
+        """Check an artifact, merge it into a spare slot and return the model.
+
+        Raises:
+            ArtifactError: the artifact must not be loaded.
+        """
+        manifest = artifacts.load_manifest(root, artifact_sha256)
+        path = artifacts.verify(
+            root, artifact_sha256, target_fingerprint=self._pair.target_fingerprint,
+            base_fingerprint=self._pair.base_fingerprint, expected=expected_tensors(self._pair, manifest.rank),
+        )  # fmt: skip
+        slot = self._spare.pop() if self._spare else self._new_slot()
+        try:
+            merge(slot, self._pristine, load_factors(path), manifest.scale, max_norm_ratio=self._max_norm_ratio)
+        except BaseException:
+            self._spare.append(slot)
+            raise
+        self._resident[version] = slot
+        return slot
+
+    def keep_only(self, versions: set[int]) -> None:
+        """Turn the slots of all other versions into spare ones; the base draft always stays."""
+        for version in [item for item in self._resident if item not in versions | {FLOOR_VERSION}]:
+            self._spare.append(self._resident.pop(version))
+
+    def _new_slot(self) -> Any:
+        own = {id(self._base.get_submodule(name).weight) for name in self._modules}
+        shared = {id(item): item for item in self._base.parameters() if id(item) not in own}
+        return copy.deepcopy(self._base, shared)
+
+
+class HotSwap:
+    """Keep the draft in force equal to the registry's live alias.
+
+    Args:
+        check: run once on a freshly merged model, off the hot path; raises ArtifactError when the
+            model does not behave.
+        clock: epoch seconds for receipts.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        slots: DraftSlots,
+        artifacts_dir: Path,
+        *,
+        poll_s: float,
+        check: Callable[[Any], None] = lambda model: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._registry = registry
+        self._slots = slots
+        self._root = artifacts_dir
+        self._poll_s = poll_s
+        self._check = check
+        self._clock = clock
+        self._ready: tuple[int, int, Any] | None = None
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.version = FLOOR_VERSION
+        self.previous: int | None = None
+        self.generation = 0
+        self.model = slots.get(FLOOR_VERSION)
+        self.last: SwapReceipt | None = None
+        self.registry_up = True
+
+    def start(self) -> None:
+        """Bring the live version in before the first round, then follow in a thread."""
+        self.refresh()
+        self.poll()
+        self._thread = threading.Thread(target=self._run, name="hot-swap", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(5)
+
+    def wake(self) -> None:
+        """Look at the registry now instead of at the next poll."""
+        self._wake.set()
+
+    def poll(self) -> SwapReceipt | None:
+        """Flip to the version that is ready, if any.  Called between two rounds; moves references only."""
+        if self._ready is None:
+            return None
+        begin = time.perf_counter()
+        with self._lock:
+            if self._ready is None:
+                return None
+            generation, version, model = self._ready
+            self._ready = None
+            replaced, self.version, self.model, self.generation = self.version, version, model, generation
+        pause_ms = (time.perf_counter() - begin) * 1e3
+        self.last = SwapReceipt(version, replaced, generation, pause_ms, self._clock())
+        log.info(
+            "draft_swapped", version=version, replaced=replaced, generation=generation, pause_ms=round(pause_ms, 3)
+        )
+        return self.last
+
+    def refresh(self) -> None:
+        """Ask the registry once and prepare what it wants; never raises for a bad artifact."""
+        try:
+            wanted = self._registry.live()
+            self.registry_up = True
+        except (SQLAlchemyError, RegistryError, OSError) as error:
+            if self.registry_up:
+                log.warning("registry_unreachable", error=str(error))
+            self.registry_up = False
+            return
+        if wanted.generation < self.generation:
+            log.error("registry_went_back", generation=wanted.generation, serving=self.generation)
+            return
+        if wanted.generation == self.generation or self._prepared() == wanted.generation:
+            return
+        self._prepare(wanted)
+
+    def _prepare(self, wanted: Live) -> None:
+        keep = {self.version, wanted.live} | ({wanted.previous} if wanted.previous is not None else set())
+        with self._lock:
+            if self._ready is not None:
+                keep.add(self._ready[1])
+            self._slots.keep_only(keep)
+        try:
+            model = self._resident_or_load(wanted.live, wanted.artifacts[wanted.live])
+        except ArtifactError as error:
+            self._refuse(wanted.live, error)
+            return
+        with self._lock:
+            self._ready = (wanted.generation, wanted.live, model)
+            self.previous = wanted.previous
+        self._warm(wanted)
+
+    def _resident_or_load(self, version: int, sha256: str | None) -> Any:
+        model = self._slots.get(version)
+        if model is None:
+            if sha256 is None:
+                raise ArtifactError(f"version {version} has no artifact")
+            begin = time.perf_counter()
+            model = self._slots.load(version, sha256, self._root)
+            try:
+                self._check(model)
+            except ArtifactError:
+                self._slots.keep_only(set(self._slots.versions) - {version})
+                raise
+            log.info("draft_loaded", version=version, seconds=round(time.perf_counter() - begin, 3))
+        return model
+
+    def _warm(self, wanted: Live) -> None:
+        """Have the previous version resident too, so that going back needs no disk."""
+        if wanted.previous is None or self._slots.get(wanted.previous) is not None:
+            return
+        try:
+            self._resident_or_load(wanted.previous, wanted.artifacts[wanted.previous])
+        except ArtifactError as error:
+            log.warning("previous_not_resident", version=wanted.previous, error=str(error))
+
+    def _refuse(self, version: int, error: ArtifactError) -> None:
+        log.error("draft_refused", version=version, reason=str(error))
+        try:
+            self._registry.quarantine(version, actor=ACTOR, reason=str(error), automatic=True)
+        except (SQLAlchemyError, RegistryError) as failure:
+            log.warning("quarantine_not_written", version=version, error=str(failure))
+
+    def _prepared(self) -> int | None:
+        with self._lock:
+            return None if self._ready is None else self._ready[0]
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._wake.wait(self._poll_s)
+            self._wake.clear()
+            try:
+                self.refresh()
+            except Exception:  # the thread that can undo a bad draft must outlive any surprise
+                log.exception("swap_poll_failed")
+
+
+def check_finite(logits: torch.Tensor) -> None:
+    """Refuse a model whose logits are not finite.
+
+    Raises:
+        ArtifactError: NaN or infinity among them.
+    """
+    if not torch.isfinite(logits).all():
+        raise ArtifactError("the merged draft gives NaN or infinite logits")

@@ -1,0 +1,1 @@
+"""One file a migration, oldest first; a landed one is never edited."""

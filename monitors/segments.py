@@ -1,0 +1,125 @@
+"""What is known about each segment under each draft version: its detector and its latest requests.
+
+Pure memory, no Redis and no SQL; `to_state` is what the watcher keeps in SQL.  A version that comes
+back to live finds its own baseline again, so a roll back does not forget that the traffic drifted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import msgspec
+
+from adapter.settings import MonitorSettings
+from monitors.drift import DriftDetector, alarm_threshold
+
+MAX_SEGMENTS = 64
+OTHER = "other"  # segments beyond the limit are judged together
+_VERSIONS_KEPT = 4
+_RECENT = 200  # requests a segment keeps for the guard to compare with
+
+
+class Observation(msgspec.Struct, frozen=True, kw_only=True):
+    """One request under one version. `value` is accepted / examined, None when nothing was examined."""
+
+    segment: str
+    version: int
+    value: float | None
+
+
+class SegmentBook:
+    """Detectors and recent acceptances, per version and segment."""
+
+    def __init__(self, settings: MonitorSettings) -> None:
+        self._settings = settings
+        self._detectors: dict[int, dict[str, DriftDetector]] = {}
+        self._recent: dict[int, dict[str, deque[float]]] = {}
+
+    def observe(self, observation: Observation) -> DriftDetector:
+        """Feed one request of the live version and return its detector, freshly updated."""
+        detectors = self._of(observation.version)
+        name = observation.segment
+        if name not in detectors and len(detectors) >= MAX_SEGMENTS:
+            name = OTHER
+        if name not in detectors:
+            detectors[name] = self._new()
+            self._set_thresholds(detectors)
+        detector = detectors[name].update(observation.value)
+        recent = self._recent[observation.version].setdefault(name, deque(maxlen=_RECENT))
+        if observation.value is not None:
+            recent.append(observation.value)
+        if detector.drift_detected:  # a new version must be compared with the traffic it was made for
+            for _ in range(len(recent) - max(1, detector.since)):
+                recent.popleft()
+        return detector
+
+    def detectors(self, version: int) -> dict[str, DriftDetector]:
+        """Return the detectors of a version; empty when it was never live."""
+        return self._detectors.get(version, {})
+
+    def drifting(self, version: int) -> dict[str, DriftDetector]:
+        """Return the segments of a version that are below their baseline."""
+        return {name: item for name, item in self.detectors(version).items() if item.drifting}
+
+    def recent(self, version: int) -> dict[str, list[float]]:
+        """Return the latest per-request acceptances of a version, newest last; after a drift, only those since."""
+        return {name: list(values) for name, values in self._recent.get(version, {}).items()}
+
+    def segment_name(self, version: int, segment: str) -> str:
+        """Return the name a segment is judged under."""
+        known = self.detectors(version)
+        return segment if segment in known or len(known) < MAX_SEGMENTS else OTHER
+
+    def to_state(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return {
+            str(version): {
+                name: {
+                    "detector": detector.to_state(),
+                    "recent": [round(value, 4) for value in self._recent[version].get(name, ())],
+                }
+                for name, detector in detectors.items()
+            }
+            for version, detectors in self._detectors.items()
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `to_state` returned."""
+        for version, segments in state.items():
+            detectors = self._of(int(version))
+            for name, item in segments.items():
+                detectors[name] = DriftDetector.from_state(
+                    item["detector"],
+                    baseline_requests=self._settings.baseline_requests,
+                    margin=self._settings.drift_margin,
+                    threshold=self._threshold(len(segments)),
+                )
+                self._recent[int(version)][name] = deque(item["recent"], maxlen=_RECENT)
+
+    def _of(self, version: int) -> dict[str, DriftDetector]:
+        if version not in self._detectors:
+            while len(self._detectors) >= _VERSIONS_KEPT:
+                oldest = next(iter(self._detectors))
+                del self._detectors[oldest], self._recent[oldest]
+            self._detectors[version], self._recent[version] = {}, {}
+        else:  # dicts keep insertion order: move the live version to the young end
+            self._detectors[version] = self._detectors.pop(version)
+        return self._detectors[version]
+
+    def _new(self) -> DriftDetector:
+        return DriftDetector(
+            baseline_requests=self._settings.baseline_requests, margin=self._settings.drift_margin
+        )
+
+    def _threshold(self, segments: int) -> float:
+        return alarm_threshold(
+            false_alarms_per_30_days=self._settings.drift_false_alarms_per_30_days,
+            requests_per_s=self._settings.drift_expected_requests_per_s,
+            segments=segments,
+        )
+
+    def _set_thresholds(self, detectors: dict[str, DriftDetector]) -> None:
+        threshold = self._threshold(len(detectors))
+        for detector in detectors.values():
+            detector.threshold = threshold

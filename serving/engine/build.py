@@ -1,0 +1,125 @@
+"""Put an engine together from settings: models, caches, slots, scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sqlalchemy import Engine as Database
+
+from adapter.contracts import SettingsError
+from adapter.facts import PAIR, Facts
+from adapter.hotswap import ACTOR, DraftSlots, HotSwap, check_finite
+from adapter.models import DTYPES, load_draft, load_target
+from adapter.pairs import Pair
+from adapter.registry import Registry
+from adapter.settings import Settings
+from adapter.streams import StreamPublisher
+from serving.engine import attention
+from serving.engine.controller import FixedGamma
+from serving.engine.engine import Engine
+from serving.engine.proposer import DraftProposer
+from serving.engine.recorder import Recorder
+from serving.engine.runner import ModelRunner, Work
+from serving.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An engine with the parts whose life it does not manage."""
+
+    engine: Engine
+    publisher: StreamPublisher
+    hotswap: HotSwap | None
+
+
+def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
+    """Load the pair, install its base draft in the registry and bring the live version in.
+
+    Raises:
+        SettingsError: the settings cannot work with this pair.
+        RegistryError: the data folder belongs to another pair.
+    """
+    attention.register()
+    if settings.engine.threads:
+        torch.set_num_threads(settings.engine.threads)
+    registry = Registry(database)
+    registry.install_base(
+        target_fingerprint=pair.target_fingerprint, base_fingerprint=pair.base_fingerprint, actor=ACTOR
+    )
+    target = load_target(pair)
+    _check_lengths(settings, target.config.max_position_embeddings)
+    num_blocks = settings.engine.kv_tokens // settings.engine.block_tokens + 1
+    runner = ModelRunner(target, _pool(target, num_blocks, settings))
+    proposer, hotswap = None, None
+    if pair.draft_kind != "none":
+        draft = load_draft(pair, DTYPES[pair.dtype], shared=target)
+        draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings))
+        proposer = DraftProposer(draft_runner, keep_laws=settings.engine.coupling == "maximal")
+        hotswap = _hotswap(settings, pair, registry, draft_runner, draft)
+    publisher = StreamPublisher(
+        settings.redis, queue_entries=settings.log.queue_entries, max_entries=settings.log.stream_max_entries,
+        timeout_s=settings.log.timeout_s, retry_s=settings.log.retry_s,
+    )  # fmt: skip
+    engine = Engine(
+        runner, proposer, _scheduler(settings, num_blocks), FixedGamma(settings.engine.gamma),
+        Recorder(
+            publisher, settings.log, target_fingerprint=pair.target_fingerprint, coupling=settings.engine.coupling
+        ),
+        coupling=settings.engine.coupling, lookahead=settings.engine.gamma_max + 1, hotswap=hotswap,
+    )  # fmt: skip
+    if hotswap is not None and proposer is not None:
+        hotswap.start()
+        proposer.runner.use(hotswap.model)
+    Facts(database).put(PAIR, _as_dict(pair))
+    return Built(engine, publisher, hotswap)
+
+
+def _hotswap(settings: Settings, pair: Pair, registry: Registry, runner: ModelRunner, draft: object) -> HotSwap:
+    vocab = runner.model.config.vocab_size
+
+    def check(model: object) -> None:
+        # Block 0 belongs to nobody, so this forward cannot disturb a running request.
+        tokens = [i * 7919 % vocab for i in range(settings.engine.block_tokens)]
+        if model.config._attn_implementation != attention.IMPLEMENTATION:  # type: ignore[attr-defined]
+            model.set_attn_implementation(attention.IMPLEMENTATION)  # type: ignore[attr-defined]
+        check_finite(runner.forward([Work([0], 0, tokens, 1)], model=model))
+
+    slots = DraftSlots(draft, pair, settings.engine.max_lora_norm_ratio)
+    return HotSwap(registry, slots, settings.artifacts_dir, poll_s=settings.engine.swap_poll_s, check=check)
+
+
+def _pool(model: object, num_blocks: int, settings: Settings) -> attention.KVPool:
+    return attention.KVPool(
+        model.config,  # type: ignore[attr-defined]
+        num_blocks,
+        settings.engine.block_tokens,
+        DTYPES[settings.dtype],
+    )
+
+
+def _scheduler(settings: Settings, num_blocks: int) -> Scheduler:
+    return Scheduler(
+        num_blocks=num_blocks, block_tokens=settings.engine.block_tokens, max_batch=settings.engine.max_batch,
+        prefill_tokens=settings.engine.prefill_tokens,
+    )  # fmt: skip
+
+
+def _check_lengths(settings: Settings, positions: int) -> None:
+    engine = settings.engine
+    needed = engine.max_model_len + engine.gamma_max + engine.block_tokens
+    if engine.max_model_len > positions:
+        raise SettingsError(
+            f"engine.max_model_len = {engine.max_model_len}: the target was trained for {positions} positions"
+        )
+    if engine.kv_tokens < needed:
+        raise SettingsError(
+            f"engine.kv_tokens = {engine.kv_tokens}: one request of engine.max_model_len needs {needed} cached tokens; "
+            "raise kv_tokens or lower max_model_len"
+        )
+
+
+def _as_dict(pair: Pair) -> dict[str, object]:
+    import msgspec
+
+    return dict(msgspec.to_builtins(pair))

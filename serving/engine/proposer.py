@@ -1,0 +1,89 @@
+"""Draft tokens with a small model, for the whole batch at once.
+
+The interface is `propose(requests, gammas)`; other ways to draft can stand behind it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from kernels.noise import Purpose
+from kernels.sampling import draw, shape_logits
+from serving.engine.parameters import row_params
+from serving.engine.runner import ModelRunner, Work
+from serving.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Proposal:
+    """Drafted tokens of one request, with the log-prob of each under the draft at temperature 1.
+
+    `scaled` [gamma, vocab] are the shaped logits each token was drawn from; kept only where the
+    acceptance rule needs them.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    scaled: list[torch.Tensor] = field(default_factory=list)
+
+
+class DraftProposer:
+    """Propose with a draft model on its own KV pool."""
+
+    def __init__(self, runner: ModelRunner, *, keep_laws: bool) -> None:
+        self.runner = runner
+        self._keep_laws = keep_laws
+        self._purpose = Purpose.DRAFT if keep_laws else Purpose.SAMPLE
+
+    @torch.inference_mode()
+    def propose(self, requests: list[Sequence], gammas: list[int]) -> list[Proposal]:
+        """Draft gammas[i] tokens for requests[i]; 0 costs nothing and leaves the draft's cache behind."""
+        proposals = [Proposal() for _ in requests]
+        active = [i for i, gamma in enumerate(gammas) if gamma > 0]
+        work = [self._catch_up(requests[i]) for i in active]
+        while active:
+            logits = self.runner.forward(work)
+            self._draw(logits, requests, proposals, active)
+            active = [i for i in active if len(proposals[i].tokens) < gammas[i]]
+            work = [
+                Work(
+                    requests[i].block_table,
+                    len(requests[i].tokens) + len(proposals[i].tokens) - 1,
+                    proposals[i].tokens[-1:],
+                    1,
+                )
+                for i in active
+            ]
+        return proposals
+
+    def _catch_up(self, request: Sequence) -> Work:
+        missing = request.tokens[request.num_draft_kv :]
+        work = Work(request.block_table, request.num_draft_kv, missing, 1)
+        request.num_draft_kv = len(request.tokens)
+        return work
+
+    def _draw(
+        self, logits: torch.Tensor, requests: list[Sequence], proposals: list[Proposal], active: list[int]
+    ) -> None:
+        positions = [len(requests[i].tokens) + len(proposals[i].tokens) for i in active]
+        params = row_params([requests[i].sampling for i in active], positions)
+        scaled = shape_logits(logits, params)
+        drawn = draw(scaled, params, self._purpose)
+        logprobs = logits.gather(1, drawn[:, None]).squeeze(1) - torch.logsumexp(logits, dim=-1)
+        for row, (i, token, logprob) in enumerate(zip(active, drawn.tolist(), logprobs.tolist(), strict=True)):
+            proposals[i].tokens.append(token)
+            proposals[i].logprobs.append(logprob)
+            if self._keep_laws:
+                proposals[i].scaled.append(scaled[row])
+
+    @staticmethod
+    def commit(request: Sequence, before: int, num_drafted: int, num_accepted: int) -> None:
+        """Say how much of the draft's cache is still true after a round.
+
+        The draft has read every drafted token but the last, so after a full acceptance it lacks one
+        more token than the target does; the next round's catch-up brings it.
+        """
+        if num_drafted:
+            request.num_draft_kv = before + min(num_accepted, num_drafted - 1)

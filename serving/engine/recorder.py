@@ -1,0 +1,173 @@
+"""Write down what verification said, and hand it to the log without ever waiting.
+
+Each committed token becomes a record: was it drafted, was the draft right, and what did the target
+think (top-k log-probs and tail mass).  Positions after the first rejection never reach this place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from adapter import keys
+from adapter.contracts import (
+    SCHEMA_VERSION,
+    Coupling,
+    RequestOutcome,
+    Verdict,
+    VerifiedBlock,
+    VersionCounts,
+    VersionSpan,
+    Wire,
+)
+from adapter.settings import LogSettings
+from kernels.reference import sparse_log_probs
+from serving.engine.proposer import Proposal
+from serving.engine.sequence import Sequence
+
+
+class Publisher(Protocol):
+    """Where records go; must neither block nor raise."""
+
+    def offer(self, stream: str, record: Wire) -> None:
+        """Queue a record for a stream."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """Records of one request since its last flush."""
+
+    first: int = 0
+    count: int = 0
+    verdicts: list[int] = field(default_factory=list)
+    draft_ids: list[int] = field(default_factory=list)
+    draft_logprobs: list[float] = field(default_factory=list)
+    topk_ids: list[np.ndarray] = field(default_factory=list)
+    topk_logprobs: list[np.ndarray] = field(default_factory=list)
+    versions: list[VersionSpan] = field(default_factory=list)
+
+
+class Recorder:
+    """Collect records per request and publish them as verified blocks and outcomes."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        settings: LogSettings,
+        *,
+        target_fingerprint: str,
+        coupling: Coupling,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._publisher = publisher
+        self._settings = settings
+        self._fingerprint = target_fingerprint
+        self._coupling = coupling
+        self._clock = clock
+        self._open: dict[str, _Open] = {}
+
+    def record(
+        self,
+        logits: torch.Tensor,
+        first_rows: SequenceOf[int],
+        requests: SequenceOf[Sequence],
+        proposals: SequenceOf[Proposal],
+        kept: SequenceOf[list[int]],
+        accepted: SequenceOf[int],
+        version: int,
+    ) -> None:
+        """Record a step.
+
+        Shapes: logits [rows, vocab] float32 of the target; request i's rows start at first_rows[i]
+        and its committed tokens are kept[i].
+        """
+        if not self._settings.enabled:
+            return
+        rows = [start + j for start, tokens in zip(first_rows, kept, strict=True) for j in range(len(tokens))]
+        if not rows:
+            return
+        wanted = logits if len(rows) == len(logits) else logits[torch.tensor(rows)]
+        ids, logprobs = sparse_log_probs(wanted, min(self._settings.top_k, logits.shape[1]))
+        topk_ids, topk_logprobs = ids.numpy().astype("<u4"), logprobs.numpy().astype("<f2")
+        row = 0
+        for request, proposal, tokens, count in zip(requests, proposals, kept, accepted, strict=True):
+            end = row + len(tokens)
+            self._append(request, proposal, len(tokens), count, version, topk_ids[row:end], topk_logprobs[row:end])
+            row = end
+
+    def finish(self, request: Sequence, delivered_tokens: int, now_s: float) -> None:
+        """Publish what is left of a finished request, and its outcome."""
+        self._flush(request)
+        self._open.pop(request.request_id, None)
+        if not self._settings.enabled:
+            return
+        started = request.started_s if request.started_s is not None else now_s
+        self._publisher.offer(
+            keys.OUTCOMES,
+            RequestOutcome(
+                schema=SCHEMA_VERSION, request_id=request.request_id, segment=request.segment,
+                finish_reason=request.finish_reason or "error", sampling=request.sampling,
+                prompt_tokens=request.prompt_tokens, delivered_tokens=delivered_tokens,
+                plain_rounds=request.plain_rounds,
+                by_version=tuple(VersionCounts(version=v, counts=c) for v, c in request.by_version.items()),
+                accepted_by_position=tuple(request.accepted_by_position), queue_s=started - request.arrived_s,
+                first_token_s=(request.first_token_s or now_s) - request.arrived_s,
+                total_s=now_s - request.arrived_s, finished_at_s=self._clock(),
+            ),
+        )  # fmt: skip
+
+    def _append(
+        self, request: Sequence, proposal: Proposal, num_kept: int, num_accepted: int, version: int,
+        topk_ids: np.ndarray, topk_logprobs: np.ndarray,
+    ) -> None:  # fmt: skip
+        if not num_kept:
+            return
+        entry = self._open.setdefault(request.request_id, _Open())
+        first = len(request.tokens) - num_kept
+        if not entry.count:
+            entry.first = first
+        if proposal.tokens and (not entry.versions or entry.versions[-1].version != version):
+            entry.versions.append(VersionSpan(first, version))
+        for j in range(num_kept):
+            drafted = j < len(proposal.tokens)
+            verdict = Verdict.UNDRAFTED if not drafted else Verdict(int(j < num_accepted))
+            entry.verdicts.append(verdict)
+            entry.draft_ids.append(proposal.tokens[j] if drafted else 0)
+            entry.draft_logprobs.append(proposal.logprobs[j] if drafted else 0.0)
+        entry.topk_ids.append(topk_ids)
+        entry.topk_logprobs.append(topk_logprobs)
+        entry.count += num_kept
+        if entry.count >= self._settings.flush_tokens:
+            self._flush(request)
+
+    def _flush(self, request: Sequence) -> None:
+        """Publish the open records; they cover consecutive positions by construction."""
+        entry = self._open.get(request.request_id)
+        if entry is None or not entry.count:
+            return
+        last = entry.first + entry.count
+        begin = max(0, entry.first - self._settings.max_context_tokens)
+        ids, logprobs = np.concatenate(entry.topk_ids), np.concatenate(entry.topk_logprobs)
+        tail = 1.0 - np.exp(logprobs.astype("<f4")).sum(-1)
+        self._publisher.offer(
+            keys.BLOCKS,
+            VerifiedBlock(
+                schema=SCHEMA_VERSION, request_id=request.request_id, segment=request.segment,
+                target_fingerprint=self._fingerprint, coupling=self._coupling, sampling=request.sampling,
+                prompt_tokens=request.prompt_tokens, first_position=begin, versions=tuple(entry.versions),
+                top_k=ids.shape[1], token_ids=np.array(request.tokens[begin:last], "<u4").tobytes(),
+                positions=np.arange(entry.first, last, dtype="<u4").tobytes(),
+                verdicts=bytes(entry.verdicts), draft_ids=np.array(entry.draft_ids, "<u4").tobytes(),
+                draft_logprobs=np.array(entry.draft_logprobs, "<f4").tobytes(), topk_ids=ids.tobytes(),
+                topk_logprobs=logprobs.tobytes(), tail_mass=np.clip(tail, 0, 1).astype("<f4").tobytes(),
+                logged_at_s=self._clock(),
+            ),
+        )  # fmt: skip
+        versions = entry.versions[-1:]
+        self._open[request.request_id] = _Open(versions=[VersionSpan(last, item.version) for item in versions])

@@ -1,0 +1,72 @@
+"""The state of one request inside the engine: its tokens, its place in the caches, its counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from adapter.contracts import Counts, FinishReason, Sampling
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One request.
+
+    `tokens` are the prompt and every committed token.  The target's cache holds the first
+    `num_target_kv` of them, the draft's the first `num_draft_kv`; both trail `tokens`, by one token
+    in steady state, and the next forward catches up whatever is missing.  So prefill, decoding,
+    rollback, preemption and switching speculation on again are all the same thing.
+    """
+
+    request_id: str
+    tokens: list[int]
+    prompt_tokens: int
+    max_tokens: int
+    sampling: Sampling
+    end_tokens: frozenset[int]
+    segment: str
+    gamma: int | None  # the request's own choice; None leaves it to the server
+    arrived_s: float
+    block_table: list[int] = field(default_factory=list)
+    num_target_kv: int = 0
+    num_draft_kv: int = 0
+    started_s: float | None = None
+    first_token_s: float | None = None
+    finish_reason: FinishReason | None = None
+    plain_rounds: int = 0
+    by_version: dict[int, Counts] = field(default_factory=dict)
+    accepted_by_position: list[int] = field(default_factory=list)
+
+    @property
+    def num_generated(self) -> int:
+        """Committed tokens after the prompt."""
+        return len(self.tokens) - self.prompt_tokens
+
+    def gamma_limit(self, gamma: int) -> int:
+        """Cut a draft length so that a full acceptance still fits into max_tokens."""
+        return max(0, min(gamma, self.max_tokens - self.num_generated - 1))
+
+    def commit(self, new_tokens: list[int]) -> list[int]:
+        """Append verified tokens up to an end token or max_tokens; return what was appended."""
+        kept = new_tokens[: self.max_tokens - self.num_generated]
+        for index, token in enumerate(kept):
+            if token in self.end_tokens:
+                kept = kept[: index + 1]
+                self.finish_reason = "stop"
+                break
+        self.tokens.extend(kept)
+        if self.finish_reason is None and self.num_generated >= self.max_tokens:
+            self.finish_reason = "length"
+        return kept
+
+    def count(self, version: int, num_drafted: int, num_accepted: int) -> None:
+        """Count one round; a round without drafted tokens says nothing about a draft."""
+        if not num_drafted:
+            self.plain_rounds += 1
+            return
+        examined = min(num_accepted + 1, num_drafted)
+        one = Counts(num_rounds=1, num_drafted=num_drafted, num_examined=examined, num_accepted=num_accepted)
+        self.by_version[version] = self.by_version.get(version, Counts()) + one
+        short = num_accepted - len(self.accepted_by_position)
+        self.accepted_by_position.extend([0] * max(0, short))
+        for position in range(num_accepted):
+            self.accepted_by_position[position] += 1

@@ -1,0 +1,197 @@
+"""The engine process: take requests off the socket, step, send tokens back.
+
+One thread does it all, so that nothing but the decoding loop ever touches the caches.  While
+requests run the socket is only polled; while none run the loop sleeps on it.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import structlog
+import zmq
+
+from adapter.facts import SWAPS, Facts
+from serving import ipc
+from serving.engine.build import Built
+from serving.engine.engine import Delivery
+from serving.engine.sequence import Sequence
+from serving.snapshot import Snapshot
+
+log = structlog.get_logger(__name__)
+
+_IDLE_WAIT_MS = 50  # also how soon an idle engine notices a new draft version
+
+
+class EngineServer:
+    """Serve one engine to API processes.
+
+    Args:
+        kv_capacity: tokens one request may hold, prompt and answer together.
+    """
+
+    def __init__(
+        self,
+        built: Built,
+        run_dir: Path,
+        *,
+        max_waiting: int,
+        max_model_len: int,
+        facts: Facts,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.engine = built.engine
+        self._built = built
+        self._max_waiting = max_waiting
+        self._max_model_len = max_model_len
+        self._facts = facts
+        self._clock = clock
+        self._engine_id = uuid.uuid4().hex[:8]
+        self._owners: dict[str, bytes] = {}
+        self._peers: dict[str, bytes] = {}
+        self._last_snapshot_s = 0.0
+        self._swaps_written = 0
+        self._stopping = False
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.SNDHWM, 100_000)
+        self._socket.setsockopt(zmq.LINGER, 200)
+        path = run_dir / ipc.SOCKET_NAME
+        path.unlink(missing_ok=True)
+        self._socket.bind(ipc.engine_endpoint(run_dir))
+
+    def stop(self) -> None:
+        """Leave `run` after the step in progress.  Safe to call from a signal handler."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        try:
+            while not self._stopping:
+                self._receive(0 if self.engine.busy else _IDLE_WAIT_MS)
+                for delivery in self.engine.step():
+                    self._deliver(delivery)
+                self._send_snapshot()
+        finally:
+            self._socket.close()
+            self._context.term()
+
+    # -- requests in -------------------------------------------------------------------------
+
+    def _receive(self, wait_ms: int) -> None:
+        while self._socket.poll(wait_ms):
+            peer, data = self._socket.recv_multipart()
+            wait_ms = 0
+            try:
+                message = ipc.decode_for_engine(data)
+            except msgspec.MsgspecError as error:
+                log.warning("message_unreadable", error=str(error))
+                continue
+            if isinstance(message, ipc.Submit):
+                self._submit(peer, message)
+            elif isinstance(message, ipc.End):
+                self._owners.pop(message.request_id, None)
+                self.engine.end(message.request_id, message.reason, message.delivered_tokens)
+            else:
+                self._greet(peer, message.name)
+
+    def _submit(self, peer: bytes, message: ipc.Submit) -> None:
+        total = len(message.token_ids) + message.max_tokens
+        if total > self._max_model_len:
+            self._refuse(peer, message.request_id, 400, f"{total} tokens do not fit into {self._max_model_len}")
+            return
+        if len(self.engine.scheduler.waiting) >= self._max_waiting:
+            text = f"the server is busy: {self._max_waiting} requests wait already; try again later"
+            self._refuse(peer, message.request_id, 429, text)
+            return
+        self._owners[message.request_id] = peer
+        self.engine.submit(
+            Sequence(
+                request_id=message.request_id, tokens=list(message.token_ids),
+                prompt_tokens=len(message.token_ids), max_tokens=message.max_tokens, sampling=message.sampling,
+                end_tokens=frozenset(message.end_tokens), segment=message.segment, gamma=message.gamma,
+                arrived_s=self._clock(),
+            )
+        )  # fmt: skip
+
+    def _refuse(self, peer: bytes, request_id: str, status: int, text: str) -> None:
+        self._send(peer, ipc.Refused(request_id=request_id, status=status, message=text))
+
+    def _greet(self, peer: bytes, name: str) -> None:
+        """Adopt an API process; what a dead predecessor of the same name had running is ended."""
+        before = self._peers.get(name)
+        self._peers[name] = peer
+        for request_id, owner in list(self._owners.items()):
+            if owner == before and before != peer:
+                self._owners.pop(request_id)
+                self.engine.end(request_id, "cancelled")
+        self._last_snapshot_s = 0.0
+
+    # -- tokens out --------------------------------------------------------------------------
+
+    def _deliver(self, delivery: Delivery) -> None:
+        peer = self._owners.get(delivery.request_id)
+        if delivery.finish_reason is not None:
+            self._owners.pop(delivery.request_id, None)
+        if peer is not None:
+            self._send(
+                peer,
+                ipc.Tokens(
+                    request_id=delivery.request_id,
+                    token_ids=delivery.token_ids,
+                    finish_reason=delivery.finish_reason,
+                ),
+            )
+
+    def _send(self, peer: bytes, message: ipc.ToApi) -> None:
+        self._socket.send_multipart([peer, ipc.encode(message)], zmq.NOBLOCK)
+
+    def _send_snapshot(self) -> None:
+        now = self._clock()
+        if now - self._last_snapshot_s < ipc.SNAPSHOT_EVERY_S:
+            return
+        self._last_snapshot_s = now
+        message = self._snapshot()
+        for peer in self._peers.values():
+            self._send(peer, message)
+        self._publish_swaps()
+
+    def _snapshot(self) -> Snapshot:
+        engine, stats, log_stats = self.engine, self.engine.stats, self._built.publisher.stats()
+        swap = self._built.hotswap
+        scheduler = engine.scheduler
+        usable = scheduler.num_blocks - 1
+        positions = max(stats.accepted_by_position, default=-1) + 1
+        return Snapshot(
+            engine_id=self._engine_id, version=engine.version, previous=swap.previous if swap else None,
+            generation=swap.generation if swap else 0, running=len(scheduler.running),
+            waiting=len(scheduler.waiting), kv_usage=1 - scheduler.free_blocks / usable,
+            preempted=scheduler.num_preempted, steps=stats.steps, step_s=stats.step_s, draft_s=stats.draft_s,
+            median_step_ms=stats.median_step_ms, rounds=stats.rounds, drafted=stats.drafted,
+            examined=stats.examined, accepted=stats.accepted,
+            accepted_by_position=[stats.accepted_by_position[i] for i in range(positions)],
+            prompt_tokens=stats.prompt_tokens, generated_tokens=stats.generated_tokens,
+            finished_by_reason=dict(stats.finished_by_reason), log_offered=log_stats.offered,
+            log_written=log_stats.written, log_dropped=log_stats.dropped, log_connected=log_stats.connected,
+            swaps=len(stats.swaps), last_swap_version=swap.last.version if swap and swap.last else None,
+            last_swap_pause_ms=swap.last.pause_ms if swap and swap.last else None,
+        )  # fmt: skip
+
+    def _publish_swaps(self) -> None:
+        """Leave the last swaps where the CLI and the dashboard find them, from a thread of its own."""
+        swaps = self.engine.stats.swaps
+        if len(swaps) == self._swaps_written:
+            return
+        self._swaps_written = len(swaps)
+        import threading
+
+        rows = [
+            {"version": s.version, "replaced": s.replaced, "generation": s.generation, "pause_ms": s.pause_ms,
+             "at_s": s.at_s} for s in swaps
+        ]  # fmt: skip
+        value = {"swaps": rows, "median_step_ms": self.engine.stats.median_step_ms}
+        threading.Thread(target=self._facts.put, args=(SWAPS, value), daemon=True).start()

@@ -1,0 +1,63 @@
+"""What the engine counts: totals since start, and the durations of recent steps."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, deque
+
+from adapter.hotswap import SwapReceipt
+from serving.engine.scheduler import Plan
+from serving.engine.sequence import Sequence
+
+_RECENT = 512
+
+
+class EngineStats:
+    """Counters of one engine process; plain attributes, read by `snapshot`."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.step_s = 0.0
+        self.draft_s = 0.0
+        self.rounds = 0
+        self.drafted = 0
+        self.examined = 0
+        self.accepted = 0
+        self.accepted_by_position: Counter[int] = Counter()
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self.finished_by_reason: Counter[str] = Counter()
+        self.swaps: list[SwapReceipt] = []
+        self._recent_s: deque[float] = deque(maxlen=_RECENT)
+
+    def step(self, plans: list[Plan], seconds: float) -> None:
+        """Count a step that did something."""
+        if plans:
+            self.steps += 1
+            self.step_s += seconds
+            self._recent_s.append(seconds)
+
+    def round(self, num_drafted: int, num_accepted: int, num_kept: int) -> None:
+        """Count one round of one request."""
+        self.generated_tokens += num_kept
+        if not num_drafted:
+            return
+        self.rounds += 1
+        self.drafted += num_drafted
+        self.examined += min(num_accepted + 1, num_drafted)
+        self.accepted += num_accepted
+        self.accepted_by_position.update(range(num_accepted))
+
+    def finished(self, request: Sequence, delivered_tokens: int) -> None:
+        """Count the end of a request."""
+        self.prompt_tokens += request.prompt_tokens
+        self.finished_by_reason[request.finish_reason or "error"] += 1
+
+    def swapped(self, receipt: SwapReceipt) -> None:
+        """Remember a swap."""
+        self.swaps = [*self.swaps[-99:], receipt]
+
+    @property
+    def median_step_ms(self) -> float:
+        """Median duration of the last few hundred steps, in milliseconds; 0 before the first."""
+        return statistics.median(self._recent_s) * 1e3 if self._recent_s else 0.0

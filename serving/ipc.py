@@ -1,0 +1,89 @@
+"""Messages between the API process and the engine process, over a local ZeroMQ socket.
+
+The engine binds a ROUTER at `run_dir/engine.sock`; each API process connects a DEALER.  Token ids
+travel, never text.  A snapshot goes out a couple of times a second and doubles as the heartbeat by
+which an API process knows that the engine lives and is still the same one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from adapter.contracts import FinishReason, Sampling
+from serving.snapshot import Snapshot
+
+SOCKET_NAME = "engine.sock"
+SNAPSHOT_EVERY_S = 0.5
+SILENT_AFTER_S = 10.0  # a step over a very long prompt may take seconds; silence longer than this is death
+
+
+def engine_endpoint(run_dir: Path) -> str:
+    """ZeroMQ address of the engine of this deployment."""
+    return f"ipc://{run_dir / SOCKET_NAME}"
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Start a request."""
+
+    request_id: str
+    token_ids: list[int]
+    max_tokens: int
+    sampling: Sampling
+    end_tokens: list[int]
+    segment: str
+    gamma: int | None
+
+
+class End(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Stop a request: the client left, or a stop string was found after `delivered_tokens`."""
+
+    request_id: str
+    reason: FinishReason
+    delivered_tokens: int
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """An API process connects; requests of its predecessor under the same name are ended."""
+
+    name: str
+
+
+class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Newly committed tokens of one request, one message a round."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine cannot take a request."""
+
+    request_id: str
+    status: int
+    message: str
+
+
+ToEngine = Submit | End | Hello
+ToApi = Tokens | Refused | Snapshot
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_to_api = msgspec.msgpack.Decoder(ToApi)
+
+
+def encode(message: ToEngine | ToApi) -> bytes:
+    """Write a message."""
+    return _encoder.encode(message)
+
+
+def decode_for_engine(data: bytes) -> ToEngine:
+    """Read a message from an API process."""
+    return _to_engine.decode(data)
+
+
+def decode_for_api(data: bytes) -> ToApi:
+    """Read a message from the engine."""
+    return _to_api.decode(data)
