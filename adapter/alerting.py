@@ -43,12 +43,7 @@ class Alerts:
                 return None
             new = connection.execute(
                 insert(alerts).values(
-                    rule=rule,
-                    key=key,
-                    severity=severity,
-                    summary=summary,
-                    evidence=evidence,
-                    opened_at_s=self._clock(),
+                    rule=rule, key=key, severity=severity, summary=summary, evidence=evidence, opened_at_s=self._clock()
                 )
             ).inserted_primary_key
             row = connection.execute(select(alerts).where(alerts.c.id == new[0])).mappings().one()

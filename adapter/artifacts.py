@@ -74,11 +74,7 @@ def store(root: Path, tensors_file: Path, **claims: Any) -> Manifest:
     """
     sha256 = file_sha256(tensors_file)
     manifest = Manifest(
-        schema=1,
-        sha256=sha256,
-        size_bytes=tensors_file.stat().st_size,
-        tensors=read_header(tensors_file),
-        **claims,
+        schema=1, sha256=sha256, size_bytes=tensors_file.stat().st_size, tensors=read_header(tensors_file), **claims
     )
     folder = _folder(root, sha256)
     if (folder / MANIFEST).exists():

@@ -146,8 +146,7 @@ class Jobs:
         """Return ids of jobs that wait, or whose worker went silent."""
         with self._read.begin() as connection:
             waiting = or_(
-                jobs.c.state == "queued",
-                (jobs.c.state == "running") & (jobs.c.lease_until_s < self._clock()),
+                jobs.c.state == "queued", (jobs.c.state == "running") & (jobs.c.lease_until_s < self._clock())
             )
             return list(connection.execute(select(jobs.c.id).where(waiting).order_by(jobs.c.created_at_s)).scalars())
 

@@ -257,13 +257,7 @@ class Registry:
         return after
 
     def quarantine(
-        self,
-        version: int,
-        *,
-        actor: str,
-        reason: str,
-        automatic: bool = False,
-        evidence: dict[str, Any] | None = None,
+        self, version: int, *, actor: str, reason: str, automatic: bool = False, evidence: dict[str, Any] | None = None
     ) -> Live:
         """Forbid a version for good.  A live one is left first: to previous, or to the base draft.
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapter.contracts import VerifiedBlock, Verdict
+from adapter.contracts import Verdict, VerifiedBlock
 
 
 @dataclass(frozen=True, slots=True)

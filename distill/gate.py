@@ -204,11 +204,11 @@ def _paired(
     drawn = table[chosen].sum(1)
     edge = (1 - rules.confidence) / 2
     interval = np.quantile((drawn[:, 1] - drawn[:, 0]) / drawn[:, 2], [edge, 1 - edge])
-    old, new = (float(table[:, side].sum() / positions) for side in (0, 1))
+    live, candidate = (float(table[:, side].sum() / positions) for side in (0, 1))
     return {
-        "live": old,
-        "candidate": new,
-        "difference": new - old,
+        "live": live,
+        "candidate": candidate,
+        "difference": candidate - live,
         "interval": [float(edge) for edge in interval],
         "requests": len(table),
         "positions": positions,
@@ -226,8 +226,9 @@ def _sentence(part: dict[str, Any]) -> str:
     if not part["positions"]:
         return "no held-out positions."
     low, high = part["interval"]
+    gain = f"{part['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
     return (
-        f"acceptance {part['live']:.3f} → {part['candidate']:.3f} ({part['difference']:+.3f} [{low:+.3f}, {high:+.3f}]) "
+        f"acceptance {part['live']:.3f} → {part['candidate']:.3f} ({gain}) "
         f"on {part['requests']} held-out requests, {part['positions']:,} positions."
     )
 

@@ -102,7 +102,8 @@ def draw_by_segment(items: Iterable[_T], count: int, *, seed: int) -> list[_T]:
 
 def _split_fresh(store: ReplayStore, min_requests: int) -> int:
     """Return the sequence number from which blocks count as fresh."""
-    marker, first, seen = store.marker, store.marker + 1, set()
+    marker = store.marker
+    first, seen = marker + 1, set[str]()
     for ref in reversed(store.refs):
         if ref.sequence <= marker and len(seen) >= min_requests:
             break

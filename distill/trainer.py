@@ -23,6 +23,7 @@ import structlog
 import torch
 from safetensors.torch import save_file
 from sqlalchemy import Engine
+from transformers.utils import logging as transformers_logging
 
 from adapter import artifacts, keys
 from adapter.contracts import ArtifactError, DraftsmithError, RegistryError, VerifiedBlock
@@ -306,6 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epoch", required=True, type=int, help="fencing epoch of that claim")
     arguments = parser.parse_args(argv)
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    transformers_logging.disable_progress_bar()
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     try:
         settings = load_settings()

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
 from adapter.contracts import Coupling, DraftsmithError, VerifiedBlock
@@ -142,18 +142,18 @@ def train(
             _save(checkpoint, state, tuned, optimizer)
             saved = clock()
         report(_progress(state, len(plan), loss))
-    if state.step % every and state.stale_checks < _PATIENCE:  # time ran out between two checks
+    if state.step % every and state.step < len(plan) and state.stale_checks < _PATIENCE:  # time ran out
         check()
     set_factors(tuned, state.best_factors)
     return Tuned(state.best_factors, state.before, state.best, state.step, state.tokens, state.elapsed_s)
 
 
 def attach(model: Any, shapes: dict[str, tuple[int, int]], settings: DistillSettings, start: Factors | None) -> Any:
-    """Put a LoRA on the named modules, from `start` or from seeded A and zero B; return the peft model."""
+    """Put a LoRA on the named modules in place, from `start` or from seeded A and zero B; return the model."""
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=sorted(shapes), lora_dropout=0.0, bias="none"
     )
-    tuned = get_peft_model(model, config, adapter_name=_ADAPTER)
+    tuned = inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     set_factors(tuned, start or initial_factors(shapes, settings.rank, settings.seed))
     return tuned
 
@@ -170,20 +170,20 @@ def initial_factors(shapes: dict[str, tuple[int, int]], rank: int, seed: int) ->
 
 
 def factors_of(tuned: Any) -> Factors:
-    """Copy the factors out of a peft model, under their artifact names."""
+    """Copy the factors out of a model, under their artifact names."""
     return {name: weight.detach().float().clone() for name, weight in _factor_weights(tuned).items()}
 
 
 @torch.no_grad()
 def set_factors(tuned: Any, factors: Factors) -> None:
-    """Write factors into a peft model."""
+    """Write factors into a model."""
     for name, weight in _factor_weights(tuned).items():
         weight.copy_(factors[name])
 
 
 def _factor_weights(tuned: Any) -> Factors:
     found: Factors = {}
-    for name, module in tuned.base_model.model.named_modules():
+    for name, module in tuned.named_modules():
         if isinstance(module, LoraLayer):
             found[f"{name}.lora_A"] = module.lora_A[_ADAPTER].weight
             found[f"{name}.lora_B"] = module.lora_B[_ADAPTER].weight

@@ -126,7 +126,7 @@ class OutcomeReader:
 
     def due(self) -> bool:
         """Tell whether the open window should be closed."""
-        return self._recovering or self._clock() - self._opened_at_s >= self._window_s
+        return self._recovering or abs(self._clock() - self._opened_at_s) >= self._window_s
 
     def close_window(self) -> list[Window]:
         """Return the rows of the open window; call `committed` once they are stored."""

@@ -81,6 +81,7 @@ class LearningLoop:
         self.state = state or LoopState(since_s=clock())
         self._announced: dict[str, tuple[float, float]] = {}  # job id -> last time, pause before the next
         self._notices = Notices(desk, clock)
+        self._judged = -1  # requests the guard had seen when it was last asked
 
     def observe(self, observation: Observation) -> None:
         """Feed one request of one version; only requests of the live version are judged."""
@@ -114,9 +115,12 @@ class LearningLoop:
         self._announced = {job_id: self._announced[job_id] for job_id in waiting if job_id in self._announced}
         for job_id in waiting:
             last, pause = self._announced.get(job_id, (float("-inf"), _ANNOUNCE_EVERY_S))
-            if now - last >= pause and self._announce(job_id):
-                again = pause if last == float("-inf") else min(2 * pause, _ANNOUNCE_EVERY_AT_MOST_S)
-                self._announced[job_id] = (now, again)
+            if abs(now - last) < pause:
+                continue
+            delivered = self._announce(job_id)
+            repeated = delivered and last != float("-inf")
+            again = min(2 * pause, _ANNOUNCE_EVERY_AT_MOST_S) if repeated else _ANNOUNCE_EVERY_S
+            self._announced[job_id] = (now, again)
 
     def forget_announcements(self) -> None:
         """Announce everything afresh: the broker came back and may have come back empty."""
@@ -169,6 +173,9 @@ class LearningLoop:
         if guard is None:
             self._enter("watching", f"v{self.state.live} is live")
             return
+        if guard.served == self._judged:
+            return
+        self._judged = guard.served
         judgement = guard.judge(self._settings.monitors)
         if judgement.verdict == "wait":
             self.state.sentence = judgement.reason
@@ -180,11 +187,10 @@ class LearningLoop:
             self._registry.quarantine(
                 guard.version, actor=ACTOR, automatic=True, reason=judgement.reason, evidence=judgement.evidence
             )
-            self._notices.open("DraftRolledBack", f"v{guard.version}", "ticket", judgement.reason, judgement.evidence)
             self._moved(self._registry.live(), because=judgement.reason)
 
     def _cooling(self) -> None:
-        if self._clock() >= self.state.until_s:
+        if not 0 < self.state.until_s - self._clock() <= self._longest_pause():
             self._enter("watching", "watching acceptance")
 
     # -- transitions -------------------------------------------------------------------------
@@ -211,10 +217,12 @@ class LearningLoop:
     def _cool(self, sentence: str, *, failed: bool) -> None:
         self.state.failures = self.state.failures + 1 if failed else 0
         pause = self._settings.monitors.retrain_cooldown_s * 2 ** max(0, min(self.state.failures, 12) - 1)
-        pause = min(pause, max(_LONGEST_COOLING_S, self._settings.monitors.retrain_cooldown_s))
-        self.state.until_s = self._clock() + pause
+        self.state.until_s = self._clock() + min(pause, self._longest_pause())
         self.state.collected = 0
         self._enter("cooling", sentence)
+
+    def _longest_pause(self) -> float:
+        return max(_LONGEST_COOLING_S, self._settings.monitors.retrain_cooldown_s)
 
     def _failed(self, key: str, sentence: str) -> None:
         self._notices.open("TrainingFailed", key, "ticket", sentence, {})
@@ -230,8 +238,9 @@ class LearningLoop:
         if not isinstance(version, int) or job.result.get("state") not in ("ready", "rejected"):
             self._failed(job.id, f"training {job.id} ended with a result that cannot be read: {job.result!r}")
         elif job.result["state"] == "rejected":
-            self._notices.open("CandidateRejected", f"v{version}", "info", f"v{version} did not pass its gate: {verdict}", {})
-            self._cool(f"v{version} did not pass its gate: {verdict}", failed=True)
+            sentence = f"v{version} did not pass its gate: {verdict}"
+            self._notices.open("CandidateRejected", f"v{version}", "info", sentence, {})
+            self._cool(sentence, failed=True)
         else:
             sentence = f"v{version} passed its gate and waits for a person: {verdict}"
             self._notices.open("CandidateReady", f"v{version}", "ticket", sentence, {})
@@ -269,13 +278,16 @@ class LearningLoop:
         self.state.generation, self.state.live = live.generation, live.live
         if left is not None and left != live.live:
             self._notices.resolve("DraftPromoted", f"v{left}", f"v{live.live} is live now: {reason}")
-        self.state.guard = None
+        self.state.guard, self._judged = None, -1
         if first_look:
             self._enter("watching", f"v{live.live} is live")
         elif move is not None and move.verb == "promote" and live.live != FLOOR_VERSION:
             self._observe_new(live, move.actor, reason)
         elif left != live.live:
-            self._cool(f"rolled back to v{live.live}: {reason}", failed=bool(move and move.automatic))
+            automatic = move is not None and move.automatic
+            if automatic and move is not None:
+                self._notices.open("DraftRolledBack", f"v{left}", "ticket", reason, move.evidence)
+            self._cool(f"v{live.live} is live again: {reason}", failed=automatic)
         else:
             self._save(self.state)
 

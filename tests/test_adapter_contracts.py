@@ -28,11 +28,7 @@ from adapter.contracts import (
 counts = st.integers(0, 2**31)
 seconds = st.floats(0, 1e9)
 samplings = st.builds(
-    Sampling,
-    temperature=st.floats(0, 2),
-    top_p=st.floats(0, 1),
-    top_k=counts,
-    seed=st.integers(0, 2**63 - 1),
+    Sampling, temperature=st.floats(0, 2), top_p=st.floats(0, 1), top_k=counts, seed=st.integers(0, 2**63 - 1)
 )
 
 

@@ -66,12 +66,7 @@ def test_promote_then_roll_back_restores_what_was_live(database: Engine) -> None
     assert (first.version, second.version) == (live.live, live.previous)
     assert [2, 3, 4] == announced
     newest, before = registry.audit(limit=2)
-    assert ("ana", "roll_back", False, "slower on chat") == (
-        newest.actor,
-        newest.verb,
-        newest.automatic,
-        newest.reason,
-    )
+    assert ("ana", "roll_back", False, "slower on chat") == (newest.actor, newest.verb, newest.automatic, newest.reason)
     assert (True, {"gain": 0.04}) == (before.automatic, before.evidence)
 
 

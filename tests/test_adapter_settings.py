@@ -44,11 +44,7 @@ def test_the_environment_is_read_by_section(monkeypatch: pytest.MonkeyPatch) -> 
 
     settings = load_settings()
 
-    assert (9000, 5, ("json://localhost/x",)) == (
-        settings.port,
-        settings.engine.gamma,
-        settings.monitors.webhook_urls,
-    )
+    assert (9000, 5, ("json://localhost/x",)) == (settings.port, settings.engine.gamma, settings.monitors.webhook_urls)
     assert ("redis://cache:6379/1", "redis://cache:6379/1") == (settings.redis, settings.broker)
     assert "postgresql+psycopg://u@db/d" == settings.database
 

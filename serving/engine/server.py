@@ -141,9 +141,7 @@ class EngineServer:
             self._send(
                 peer,
                 ipc.Tokens(
-                    request_id=delivery.request_id,
-                    token_ids=delivery.token_ids,
-                    finish_reason=delivery.finish_reason,
+                    request_id=delivery.request_id, token_ids=delivery.token_ids, finish_reason=delivery.finish_reason
                 ),
             )
 

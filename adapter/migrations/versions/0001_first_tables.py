@@ -25,9 +25,7 @@ def upgrade() -> None:
         sa.Column("created_by", sa.String(64), nullable=False),
     )
     op.create_table(
-        "aliases",
-        sa.Column("name", sa.String(16), primary_key=True),
-        sa.Column("version", sa.Integer, nullable=False),
+        "aliases", sa.Column("name", sa.String(16), primary_key=True), sa.Column("version", sa.Integer, nullable=False)
     )
     op.create_table(
         "generation",

@@ -1,0 +1,212 @@
+"""The watcher: reads outcomes, keeps detectors and windows, and drives the learning loop.
+
+One thread calls `tick` a few times a second.  Redis or the database may be gone at any tick: what
+was read is kept, and the next tick goes on.  Started by `python -m monitors`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import redis
+import structlog
+from sqlalchemy import Engine, func, select
+
+from adapter import tables
+from adapter.accounting import Accounting
+from adapter.alerting import Alerts
+from adapter.contracts import RegistryError
+from adapter.facts import DRIFT, WATCHER, Facts
+from adapter.registry import Live, Registry
+from adapter.settings import Settings
+from monitors.acceptance import OutcomeReader, observations_of
+from monitors.alerts import AlertDesk, Notifier
+from monitors.loop import LearningLoop, LoopState
+from monitors.metrics import Metrics
+from monitors.segments import SegmentBook
+
+log = structlog.get_logger(__name__)
+
+TICK_S = 0.25
+_REDIS_SLACK_S = 3.0
+_STATE = 1  # layout of the DRIFT document
+
+
+class Watcher:
+    """Everything that runs beside the dashboard.
+
+    Args:
+        engine: a migrated database.
+        client: a Redis client whose calls end by themselves.
+        clock: epoch seconds.
+        announce: tells a worker that a job waits; False when it could not.
+        dashboard_url: where the operator finds the dashboard.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        *,
+        client: redis.Redis,
+        announce: Callable[[str], bool],
+        notifier: Notifier | None = None,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.time,
+        dashboard_url: str | None = None,
+    ) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._facts = Facts(engine, clock=clock)
+        self._accounting = Accounting(engine)
+        self._registry = Registry(engine, clock=clock)
+        self._notifier = notifier or Notifier(settings.monitors.webhook_urls)
+        self._metrics = metrics or Metrics()
+        self._dashboard_url = dashboard_url
+        self._down_since_s: float | None = None
+        drift = self._facts.get(DRIFT) or {}
+        self.book = SegmentBook(settings.monitors)
+        if drift.get("layout") == _STATE:
+            self.book.restore(drift["versions"])
+        self.reader = OutcomeReader(
+            client, clock=clock, window_s=settings.monitors.window_s, watermark=str(drift.get("watermark", "0-0"))
+        )
+        self._desk = AlertDesk(Alerts(engine, clock=clock), self._notifier.send)
+        self.loop = LearningLoop(
+            settings,
+            engine,
+            book=self.book,
+            desk=self._desk,
+            clock=clock,
+            announce=announce,
+            state=_loop_state(self._facts.get(WATCHER)),
+            save=lambda state: self._save_watcher(),
+        )
+        self._save_watcher()
+
+    def tick(self) -> None:
+        """Do everything that is due now."""
+        was_connected = self.reader.connected
+        self.loop.step()
+        outcomes = self.reader.poll()
+        live = self._live() if outcomes else None
+        for outcome in outcomes:
+            self._metrics.count(outcome, live)
+            for observation in observations_of(outcome):
+                self.loop.observe(observation)
+        self._watch_redis()
+        if self.reader.connected:
+            if was_connected is False:
+                self.loop.forget_announcements()
+            self.loop.announce_jobs()
+        if self.reader.due():
+            self.commit()
+
+    def commit(self) -> None:
+        """Store the open window and all states, then acknowledge what went into them."""
+        self._accounting.add(self.reader.close_window())
+        self._facts.put(
+            DRIFT,
+            {
+                "layout": _STATE,
+                "watermark": self.reader.last_entry(),
+                "versions": self.book.to_state(),
+                "shown": self._shown(),
+            },
+        )
+        self._save_watcher()
+        self.reader.committed()
+        self._show()
+
+    def run(self, stop: threading.Event) -> None:
+        """Tick until `stop` is set; then store what is in hand."""
+        while not stop.is_set():
+            self._guarded(self.tick)
+            stop.wait(TICK_S)
+        self._guarded(self.commit)
+        self._notifier.close()
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:  # a locked database or a bug in one rule must not end the watch
+            log.exception("tick_failed")
+
+    def _live(self) -> Live | None:
+        try:
+            return self._registry.live()
+        except RegistryError:
+            return None
+
+    def _watch_redis(self) -> None:
+        if self.reader.connected:
+            if self._down_since_s is not None:
+                self._down_since_s = None
+                self._desk.resolve("RedisDown", "redis", "the watcher reads Redis again")
+            return
+        now = self._clock()
+        if self._down_since_s is None:
+            self._down_since_s = now
+        elif now - self._down_since_s > _REDIS_SLACK_S:
+            self._desk.open(
+                "RedisDown", "redis", "ticket", "Redis cannot be reached: serving goes on, learning is paused"
+            )
+
+    def _save_watcher(self) -> None:
+        document: dict[str, Any] = {
+            "loop": msgspec.to_builtins(self.loop.state) if hasattr(self, "loop") else {},
+            "dashboard_url": self._dashboard_url,
+            "pid": os.getpid(),
+            "saved_at_s": self._clock(),
+            "redis_up": bool(self.reader.connected),
+            "garbage": self.reader.counters.garbage,
+        }
+        self._facts.put(WATCHER, document)
+
+    def _shown(self) -> dict[str, Any]:
+        """Return the live version's detectors as the dashboard shows them."""
+        live = self.loop.state.live
+        return {
+            "version": live,
+            "segments": {
+                name: {
+                    "requests": item.requests,
+                    "baseline_requests": item.baseline_requests,
+                    "baseline": item.baseline_mean,
+                    "drifting": item.drifting,
+                    "evidence": round(item.evidence, 3),
+                    "needed": round(item.needed, 3),
+                    "since": item.since,
+                    "recent_mean": item.recent_mean,
+                    "skipped": item.skipped,
+                }
+                for name, item in (self.book.detectors(live) if live is not None else {}).items()
+            },
+        }
+
+    def _show(self) -> None:
+        live = self._live()
+        self._metrics.show_reader(self.reader.counters, self._notifier.counters, bool(self.reader.connected))
+        self._metrics.show_drift(self.book.detectors(live.live) if live else {})
+        firing = Counter(alert.severity for alert in self._desk.firing())
+        with self._engine.execution_options(readonly=True).begin() as connection:
+            query = select(tables.jobs.c.state, func.count()).group_by(tables.jobs.c.state)
+            jobs = {str(state): int(number) for state, number in connection.execute(query)}
+        self._metrics.show_states(live, firing, jobs)
+
+
+def _loop_state(document: dict[str, Any] | None) -> LoopState | None:
+    """Read the loop's state back; a document of another layout starts it afresh."""
+    if not document or not document.get("loop"):
+        return None
+    try:
+        return msgspec.convert(document["loop"], LoopState)
+    except msgspec.ValidationError as error:
+        log.warning("loop_state_unreadable", error=str(error))
+        return None

@@ -1,0 +1,121 @@
+"""The API's end of the line to the engine process: submit, receive, cancel, notice a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import structlog
+import zmq
+import zmq.asyncio
+
+from serving import ipc
+from serving.api.errors import ApiError
+from serving.snapshot import Snapshot
+
+log = structlog.get_logger(__name__)
+
+_HELLO_AFTER_S = 2.0  # say hello again when the engine was silent this long: it may have restarted
+_Message = ipc.Tokens | ipc.Refused | None  # None: the engine that had the request is gone
+
+
+class EngineClient:
+    """One connection to the engine, shared by all requests of this process."""
+
+    def __init__(self, run_dir: Path, name: str = "api") -> None:
+        self._name = name
+        self._endpoint = ipc.engine_endpoint(run_dir)
+        self._queues: dict[str, asyncio.Queue[_Message]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._heard_s = float("-inf")
+        self.snapshot: Snapshot | None = None
+
+    async def start(self) -> None:
+        """Connect; returns at once, whether or not the engine is there."""
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self._socket.connect(self._endpoint)
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._greet())]
+
+    async def stop(self) -> None:
+        """Close the connection."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._socket.close()
+        self._context.term()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine was heard of recently."""
+        return time.monotonic() - self._heard_s < ipc.SILENT_AFTER_S
+
+    async def generate(self, submit: ipc.Submit) -> AsyncIterator[ipc.Tokens]:
+        """Submit a request and yield its tokens, a round at a time.
+
+        Closing the iterator early cancels the request: its slot is free within a round.
+
+        Raises:
+            ApiError: the engine refused the request, or went away.
+        """
+        if not self.alive:
+            raise ApiError(503, "the engine is not ready; try again later", code="engine_unavailable")
+        queue: asyncio.Queue[_Message] = asyncio.Queue()
+        self._queues[submit.request_id] = queue
+        finished = False
+        try:
+            await self._send(submit)
+            while not finished:
+                message = await queue.get()
+                if message is None:
+                    finished = True
+                    raise ApiError(
+                        503, "the engine restarted while this request ran; send it again", code="engine_lost"
+                    )
+                if isinstance(message, ipc.Refused):
+                    finished = True
+                    raise ApiError(message.status, message.message)
+                finished = message.finish_reason is not None
+                yield message
+        finally:
+            self._queues.pop(submit.request_id, None)
+            if not finished:
+                await self.end(submit.request_id, 0)
+
+    async def end(self, request_id: str, delivered_tokens: int, *, stopped: bool = False) -> None:
+        """Stop a request in the engine: the client left, or its stop string was found."""
+        self._queues.pop(request_id, None)
+        reason: ipc.FinishReason = "stop" if stopped else "cancelled"
+        await self._send(ipc.End(request_id=request_id, reason=reason, delivered_tokens=delivered_tokens))
+
+    async def _send(self, message: ipc.ToEngine) -> None:
+        await self._socket.send(ipc.encode(message))
+
+    async def _read(self) -> None:
+        while True:
+            message = ipc.decode_for_api(await self._socket.recv())
+            self._heard_s = time.monotonic()
+            if isinstance(message, Snapshot):
+                self._hear(message)
+            elif queue := self._queues.get(message.request_id):
+                queue.put_nowait(message)
+
+    def _hear(self, snapshot: Snapshot) -> None:
+        before, self.snapshot = self.snapshot, snapshot
+        if before is not None and before.engine_id != snapshot.engine_id:
+            log.warning("engine_restarted", lost_requests=len(self._queues))
+            for queue in self._queues.values():
+                queue.put_nowait(None)
+
+    async def _greet(self) -> None:
+        while True:
+            if time.monotonic() - self._heard_s > _HELLO_AFTER_S:
+                await self._send(ipc.Hello(name=self._name))
+            await asyncio.sleep(0.5)

@@ -1,0 +1,120 @@
+"""`draftsmith drafts`: the registry's verbs on the command line."""
+
+from __future__ import annotations
+
+import getpass
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from adapter.contracts import SettingsError
+from adapter.database import migrate, open_database
+from adapter.hints import announcer
+from adapter.registry import Draft, Live, Registry
+from adapter.settings import load_settings
+
+app = typer.Typer(no_args_is_help=True)
+
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="The deployment's data folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; written to the audit log.")]
+Expected = Annotated[
+    int | None, typer.Option("--expected-generation", help="Refuse if somebody moved an alias since this generation.")
+]
+
+console = Console()
+
+
+@app.command("list")
+def list_drafts(data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """List every version, newest first."""
+    registry = open_registry(data_dir)
+    live, drafts = registry.live(), registry.drafts()
+    if as_json:
+        rows = [{**_plain(draft), "alias": _alias(draft.version, live)} for draft in drafts]
+        typer.echo(json.dumps({"generation": live.generation, "drafts": rows}, indent=2))
+        return
+    table = Table("version", "alias", "state", "parent", "size", "created by", "verdict", box=None, header_style="bold")
+    for draft in drafts:
+        size = f"{draft.artifact_bytes / 1e6:.1f} MB" if draft.artifact_bytes else "–"
+        parent = "–" if draft.parent is None else str(draft.parent)
+        table.add_row(
+            str(draft.version), _alias(draft.version, live), draft.state, parent, size, draft.created_by, draft.reason
+        )
+    console.print(table)
+
+
+@app.command()
+def show(version: int, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """Show one version with its gate, its data and its artifact."""
+    registry = open_registry(data_dir)
+    draft = registry.draft(version)
+    if as_json:
+        typer.echo(json.dumps({**_plain(draft), "alias": _alias(version, registry.live())}, indent=2))
+        return
+    for name, value in _plain(draft).items():
+        console.print(f"[bold]{name}[/]: {json.dumps(value) if isinstance(value, dict) else value}", highlight=False)
+
+
+@app.command()
+def promote(
+    version: int, data_dir: DataDir = None, reason: Reason = "promoted on the command line",
+    expected_generation: Expected = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Make a version live."""
+    live = open_registry(data_dir).promote(
+        version, actor=_actor(), reason=reason, expected_generation=expected_generation
+    )
+    _say(live, as_json)
+
+
+@app.command()
+def rollback(
+    data_dir: DataDir = None, reason: Reason = "rolled back on the command line",
+    expected_generation: Expected = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Make the previous version live again."""
+    live = open_registry(data_dir).roll_back(actor=_actor(), reason=reason, expected_generation=expected_generation)
+    _say(live, as_json)
+
+
+def open_registry(data_dir: Path | None) -> Registry:
+    """Open the registry of a deployment that exists.
+
+    Raises:
+        SettingsError: there is none in this folder.
+    """
+    settings = load_settings(data_dir=data_dir)
+    if settings.database_url is None and not (settings.data_dir / "draftsmith.db").exists():
+        raise SettingsError(f"{settings.data_dir} holds no deployment; start one with `draftsmith up --data-dir …`")
+    database = open_database(settings.database)
+    migrate(database)
+    return Registry(database, announce=announcer(settings))
+
+
+def _actor() -> str:
+    try:
+        return f"cli:{getpass.getuser()}"
+    except (KeyError, OSError):
+        return "cli"
+
+
+def _alias(version: int, live: Live) -> str:
+    names = [name for name, at in (("live", live.live), ("previous", live.previous)) if at == version]
+    return " ".join([*names, "floor"] if version == 0 else names)
+
+
+def _plain(draft: Draft) -> dict[str, Any]:
+    return dict(msgspec.to_builtins(draft))
+
+
+def _say(live: Live, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"generation": live.generation, "live": live.live, "previous": live.previous}))
+    else:
+        console.print(f"version {live.live} is live (generation {live.generation}, previous {live.previous})")

@@ -1,0 +1,127 @@
+"""What the command line prints while it supervises, and for `draftsmith status`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from adapter.contracts import SettingsError
+from adapter.database import migrate, open_database
+from adapter.facts import SERVING, WATCHER, Facts
+from adapter.logs import configure_logging
+from adapter.settings import Settings
+from serving.roles import roles_for
+from serving.status import collect_status
+from serving.supervisor import Supervisor
+
+console = Console()
+_LOOK_EVERY_S = 0.5
+
+
+def supervise(settings: Settings, names: list[str]) -> None:
+    """Run roles until Ctrl-C; say so when the service is ready."""
+    configure_logging()
+    supervisor = Supervisor(settings, roles_for(settings, names))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: supervisor.stop())
+    supervisor.start()
+    console.print(f"starting {', '.join(names)} in {settings.data_dir} (logs in {settings.logs_dir})", highlight=False)
+    announcement = _Announcement(settings, with_dashboard="watcher" in names)
+    supervisor.run(on_tick=announcement.look)
+    console.print("stopped")
+
+
+class _Announcement:
+    """Print the URLs once, when the API can serve."""
+
+    def __init__(self, settings: Settings, with_dashboard: bool) -> None:
+        self._settings = settings
+        self._with_dashboard = with_dashboard
+        self._since_s = time.time()
+        self._next_s = 0.0
+        self._done = False
+        self._facts: Facts | None = None
+
+    def look(self) -> None:
+        """Check, at most a couple of times a second."""
+        if self._done or time.monotonic() < self._next_s:
+            return
+        self._next_s = time.monotonic() + _LOOK_EVERY_S
+        if self._facts is None:
+            database = open_database(self._settings.database)
+            migrate(database)
+            self._facts = Facts(database)
+        api = (self._facts.get(SERVING) or {}).get("url")
+        dashboard = (self._facts.get(WATCHER) or {}).get("dashboard_url")
+        if not api or not _answers(f"{api}/ready"):
+            return
+        if self._with_dashboard and not (dashboard and _answers(f"{dashboard}/health")):
+            return
+        self._done = True
+        seconds = time.time() - self._since_s
+        console.print(f"[bold green]ready[/] after {seconds:.0f} s", highlight=False)
+        console.print(f"  API        {api}/v1", highlight=False)
+        if self._with_dashboard:
+            console.print(f"  dashboard  {dashboard}", highlight=False)
+        console.print("Ctrl-C stops everything.")
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def show_status(settings: Settings, as_json: bool) -> None:
+    """Print the status of a deployment.
+
+    Raises:
+        SettingsError: the folder holds no deployment.
+    """
+    if settings.database_url is None and not (settings.data_dir / "draftsmith.db").exists():
+        raise SettingsError(f"{settings.data_dir} holds no deployment; start one with `draftsmith up --data-dir …`")
+    database = open_database(settings.database)
+    migrate(database)
+    status = collect_status(settings, database)
+    if as_json:
+        typer.echo(json.dumps(status, indent=2))
+        return
+    _print_status(status)
+
+
+def _print_status(status: dict[str, Any]) -> None:
+    acceptance = status["acceptance"]
+    lines = Table.grid(padding=(0, 2))
+    lines.add_row("target", f"{status['target']} ({status['dtype']})")
+    lines.add_row("live draft", f"version {status['live']}, generation {status['generation']}")
+    lines.add_row("previous", str(status["previous"]))
+    if acceptance["value"] is None:
+        lines.add_row("acceptance", "no requests in the last five minutes")
+    else:
+        low, high = acceptance["interval"]
+        lines.add_row(
+            "acceptance",
+            f"{acceptance['value']:.3f} [{low:.3f}, {high:.3f}] over {acceptance['n']} requests, "
+            f"{acceptance['tokens_per_round']:.2f} tokens per round",
+        )
+    job = status["job"]
+    if job is not None:
+        lines.add_row("last training", f"{job['state']}: {job['error'] or job['reason']}")
+    lines.add_row("alerts", "; ".join(alert["summary"] for alert in status["alerts"]) or "none firing")
+    lines.add_row("API", str(status["api_url"]))
+    lines.add_row("dashboard", str(status["dashboard_url"]))
+    console.print(lines, highlight=False)
+    roles = Table("process", "state", "pid", "restarts", box=None, header_style="bold")
+    for name, role in status["roles"].items():
+        roles.add_row(name, role["state"], str(role["pid"] or "–"), str(role["restarts"]))
+    console.print(roles if status["roles"] else "no processes run here", highlight=False)
