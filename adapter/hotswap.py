@@ -46,10 +46,14 @@ class DraftSlots:
     """Resident drafts by version: the base draft and up to three merged ones, at fixed addresses.
 
     Slots share embedding, head and norms; only the linear layers a version may change are their own.
+    `finish` is run on a slot after its weights were written, before it is served.
     """
 
-    def __init__(self, base_model: Any, pair: Pair, max_norm_ratio: float) -> None:
+    def __init__(
+        self, base_model: Any, pair: Pair, max_norm_ratio: float, finish: Callable[[Any], None] = lambda model: None
+    ) -> None:
         self._pair = pair
+        self._finish = finish
         self._max_norm_ratio = max_norm_ratio
         self._modules = list(pair.lora_shapes)
         self._pristine = base_weights(base_model, self._modules)
@@ -80,6 +84,7 @@ class DraftSlots:
         slot = self._spare.pop() if self._spare else self._new_slot()
         try:
             merge(slot, self._pristine, load_factors(path), manifest.scale, max_norm_ratio=self._max_norm_ratio)
+            self._finish(slot)
         except BaseException:
             self._spare.append(slot)
             raise

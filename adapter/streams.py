@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import redis
 import structlog
@@ -198,7 +199,7 @@ class StreamReader:
 
     def bury(self, entry: Entry, dead_stream: str, reason: str) -> None:
         """Move an entry that cannot be read to a dead-letter stream and acknowledge it."""
-        fields = {keys.PAYLOAD_FIELD: entry.payload, b"reason": reason.encode()[:500]}
+        fields: dict[Any, Any] = {keys.PAYLOAD_FIELD: entry.payload, b"reason": reason.encode()[:500]}
         self._client.xadd(dead_stream, fields, maxlen=1000, approximate=True)
         self.ack([entry])
 

@@ -7,20 +7,15 @@ have stopped consuming after a Redis restart.  SIGTERM stops it; a running job i
 
 from __future__ import annotations
 
-import os
 import sys
 
 from adapter.broker import QUEUE
 from adapter.settings import load_settings
+from distill.app import make_app
 
 
 def main() -> int:
     """Run the worker until it is stopped; a broker that is down is retried for ever."""
-    # SIGTERM's default is to wait for the running training, which takes minutes.  Celery reads this
-    # variable while it is imported, so the application comes after it.
-    os.environ["REMAP_SIGTERM"] = "SIGQUIT"
-    from distill.app import make_app
-
     app = make_app(load_settings())
     app.worker_main(
         [

@@ -97,7 +97,5 @@ def _keep(
     for entry, reason in bad:
         reader.bury(entry, keys.BLOCKS_DEAD, reason)
     return DrainReport(
-        stored=report.stored + stored,
-        repeated=report.repeated + len(good) - stored,
-        buried=report.buried + len(bad),
+        stored=report.stored + stored, repeated=report.repeated + len(good) - stored, buried=report.buried + len(bad)
     )

@@ -45,18 +45,15 @@ _FINAL_ERROR = 2  # the trainer's exit status for "it would fail again"
 def register(app: Celery, settings: Settings) -> None:
     """Add the training task to an application."""
 
-    @app.task(name=TRAIN_TASK, ignore_result=True)  # type: ignore[untyped-decorator]
+    @app.task(name=TRAIN_TASK, ignore_result=True)
     def train(job_id: str) -> str:
         """Run one training job to its end."""
         stop = threading.Event()
-        parent = os.getppid()
         previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
         try:
-            return supervise(settings, job_id, stopping=lambda: stop.is_set() or os.getppid() != parent)
+            return supervise(settings, job_id, stopping=stop.is_set)
         finally:
             signal.signal(signal.SIGTERM, previous)
-            if stop.is_set() or os.getppid() != parent:
-                os._exit(1)  # the pool is gone: without this the child would wait for its next task for ever
 
 
 def supervise(settings: Settings, job_id: str, *, stopping: Callable[[], bool] = lambda: False) -> str:
@@ -95,23 +92,26 @@ class _Run:
         folder = self.settings.data_dir / "jobs" / self.job.id
         folder.mkdir(parents=True, exist_ok=True)
         words = folder / f"trainer-{self.job.epoch}.log"
-        with words.open("wb") as stderr:
-            process = subprocess.Popen(
-                [*TRAINER, "--job", self.job.id, "--epoch", str(self.job.epoch)],
+        command = [*TRAINER, "--job", self.job.id, "--epoch", str(self.job.epoch)]
+        with (
+            words.open("wb") as stderr,
+            subprocess.Popen(
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=child_environment(self.settings),
                 start_new_session=True,
-            )
-        log.info("trainer_started", job_id=self.job.id, epoch=self.job.epoch, pid=process.pid)
-        reader = threading.Thread(target=self._read, args=(process,), daemon=True)
-        reader.start()
-        try:
-            ending = self._watch(process)
-        finally:
-            _end_group(process)
-            reader.join(_TERM_S)
+            ) as process,
+        ):
+            log.info("trainer_started", job_id=self.job.id, epoch=self.job.epoch, pid=process.pid)
+            reader = threading.Thread(target=self._read, args=(process,), daemon=True)
+            reader.start()
+            try:
+                ending = self._watch(process)
+            finally:
+                _end_group(process)
+                reader.join(_TERM_S)
         self._relay()
         return self._close(ending, process.returncode, words)
 
@@ -201,9 +201,6 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
         break
-    for pipe in (process.stdin,):
-        if pipe is not None:
-            pipe.close()
 
 
 def _describe(status: int) -> str:

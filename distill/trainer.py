@@ -179,12 +179,7 @@ def _load(store: ReplayStore, sequences: Iterable[int]) -> list[VerifiedBlock]:
 
 
 def _tune(
-    settings: Settings,
-    pair: Pair,
-    live: str | None,
-    blocks: dict[str, list[VerifiedBlock]],
-    folder: Path,
-    emit: Emit,
+    settings: Settings, pair: Pair, live: str | None, blocks: dict[str, list[VerifiedBlock]], folder: Path, emit: Emit
 ) -> tuple[Tuned, float | None]:
     """Train; return the result and the trainer's own score of the unmerged factors on the gate's blocks."""
     model = load_draft(pair, torch.float32)

@@ -53,9 +53,9 @@ class DropEvidence:
     @property
     def log10(self) -> float:
         """log10 of the mean over bets; 0 before the first request."""
-        if not np.isfinite(self.log_m).any():
+        if self.log_m[0] == -np.inf:
             return 0.0
-        return float((np.logaddexp.reduce(self.log_m) - math.log(len(self._bets))) / math.log(10))
+        return float(np.logaddexp.reduce(self.log_m) - math.log(len(self._bets))) / math.log(10)
 
 
 class DriftDetector:

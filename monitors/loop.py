@@ -3,7 +3,7 @@
 Acts through the registry, the job table and alerts, and reads the segment book and the guard.  Its
 state is one small document; every transition can be repeated after a crash, because it is decided
 from what the registry and the job table say and not from what the loop believes it did.  Knows no
-Redis: a job is announced through a function it is given.
+Redis; `monitors.announcer` tells the workers about jobs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ log = structlog.get_logger(__name__)
 ACTOR = "watcher"
 Phase = Literal["watching", "collecting", "training", "observing", "cooling"]
 
-_ANNOUNCE_EVERY_S = 3.0
-_ANNOUNCE_EVERY_AT_MOST_S = 15.0
 _LONGEST_COOLING_S = 3600.0
 _MOVES = ("promote", "roll_back", "install")
 
@@ -55,7 +53,6 @@ class LearningLoop:
     """Drive one deployment from drift to a new live version and back.
 
     Args:
-        announce: tells a worker that a job waits; False when it could not.
         save: called with the state after every transition.
     """
 
@@ -67,7 +64,6 @@ class LearningLoop:
         book: SegmentBook,
         desk: AlertDesk,
         clock: Callable[[], float],
-        announce: Callable[[str], bool],
         state: LoopState | None = None,
         save: Callable[[LoopState], None] = lambda state: None,
     ) -> None:
@@ -76,10 +72,8 @@ class LearningLoop:
         self._jobs = Jobs(engine, clock=clock)
         self._book = book
         self._clock = clock
-        self._announce = announce
         self._save = save
         self.state = state or LoopState(since_s=clock())
-        self._announced: dict[str, tuple[float, float]] = {}  # job id -> last time, pause before the next
         self._notices = Notices(desk, clock)
         self._judged = -1  # requests the guard had seen when it was last asked
 
@@ -104,27 +98,11 @@ class LearningLoop:
             return  # nothing was ever served here
         if live.generation != self.state.generation:
             self._moved(live)
-        self._notices.follow_drift(self._book.detectors(live.live), live.live)
-        self._notices.follow_jobs(self._jobs.latest(5))
         getattr(self, f"_{self.state.phase}")()
+        now_live = live.live if self.state.live is None else self.state.live
+        self._notices.follow_drift(self._book.detectors(now_live), now_live)
+        self._notices.follow_jobs(self._jobs.latest(5))
         self._notices.expire()
-
-    def announce_jobs(self) -> None:
-        """Tell the workers about every claimable job, again and again: the broker may have lost it."""
-        now, waiting = self._clock(), self._jobs.claimable()
-        self._announced = {job_id: self._announced[job_id] for job_id in waiting if job_id in self._announced}
-        for job_id in waiting:
-            last, pause = self._announced.get(job_id, (float("-inf"), _ANNOUNCE_EVERY_S))
-            if abs(now - last) < pause:
-                continue
-            delivered = self._announce(job_id)
-            repeated = delivered and last != float("-inf")
-            again = min(2 * pause, _ANNOUNCE_EVERY_AT_MOST_S) if repeated else _ANNOUNCE_EVERY_S
-            self._announced[job_id] = (now, again)
-
-    def forget_announcements(self) -> None:
-        """Announce everything afresh: the broker came back and may have come back empty."""
-        self._announced.clear()
 
     # -- the phases --------------------------------------------------------------------------
 
@@ -316,4 +294,3 @@ class LearningLoop:
 def _names(drifting: dict[str, DriftDetector]) -> str:
     names = sorted(drifting)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-

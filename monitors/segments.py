@@ -108,9 +108,7 @@ class SegmentBook:
         return self._detectors[version]
 
     def _new(self) -> DriftDetector:
-        return DriftDetector(
-            baseline_requests=self._settings.baseline_requests, margin=self._settings.drift_margin
-        )
+        return DriftDetector(baseline_requests=self._settings.baseline_requests, margin=self._settings.drift_margin)
 
     def _threshold(self, segments: int) -> float:
         return alarm_threshold(

@@ -16,17 +16,19 @@ from typing import Any
 import msgspec
 import redis
 import structlog
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, delete, func, select
 
 from adapter import tables
 from adapter.accounting import Accounting
 from adapter.alerting import Alerts
 from adapter.contracts import RegistryError
 from adapter.facts import DRIFT, WATCHER, Facts
+from adapter.jobs import Jobs
 from adapter.registry import Live, Registry
 from adapter.settings import Settings
 from monitors.acceptance import OutcomeReader, observations_of
 from monitors.alerts import AlertDesk, Notifier
+from monitors.announcer import Announcer
 from monitors.loop import LearningLoop, LoopState
 from monitors.metrics import Metrics
 from monitors.segments import SegmentBook
@@ -36,6 +38,8 @@ log = structlog.get_logger(__name__)
 TICK_S = 0.25
 _REDIS_SLACK_S = 3.0
 _STATE = 1  # layout of the DRIFT document
+_KEEP_WINDOWS_S = 30 * 86400.0
+_PRUNE_EVERY_S = 3600.0
 
 
 class Watcher:
@@ -66,10 +70,12 @@ class Watcher:
         self._facts = Facts(engine, clock=clock)
         self._accounting = Accounting(engine)
         self._registry = Registry(engine, clock=clock)
+        self._announcer = Announcer(Jobs(engine, clock=clock), announce, clock)
         self._notifier = notifier or Notifier(settings.monitors.webhook_urls)
         self._metrics = metrics or Metrics()
         self._dashboard_url = dashboard_url
         self._down_since_s: float | None = None
+        self._pruned_at_s = float("-inf")
         drift = self._facts.get(DRIFT) or {}
         self.book = SegmentBook(settings.monitors)
         if drift.get("layout") == _STATE:
@@ -84,7 +90,6 @@ class Watcher:
             book=self.book,
             desk=self._desk,
             clock=clock,
-            announce=announce,
             state=_loop_state(self._facts.get(WATCHER)),
             save=lambda state: self._save_watcher(),
         )
@@ -103,8 +108,8 @@ class Watcher:
         self._watch_redis()
         if self.reader.connected:
             if was_connected is False:
-                self.loop.forget_announcements()
-            self.loop.announce_jobs()
+                self._announcer.forget()
+            self._announcer.tick()
         if self.reader.due():
             self.commit()
 
@@ -123,6 +128,7 @@ class Watcher:
         self._save_watcher()
         self.reader.committed()
         self._show()
+        self._prune()
 
     def run(self, stop: threading.Event) -> None:
         """Tick until `stop` is set; then store what is in hand."""
@@ -157,6 +163,15 @@ class Watcher:
             self._desk.open(
                 "RedisDown", "redis", "ticket", "Redis cannot be reached: serving goes on, learning is paused"
             )
+
+    def _prune(self) -> None:
+        """Forget windows that no chart shows any more."""
+        now = self._clock()
+        if abs(now - self._pruned_at_s) < _PRUNE_EVERY_S:
+            return
+        with self._engine.begin() as connection:
+            connection.execute(delete(tables.windows).where(tables.windows.c.at_s < now - _KEEP_WINDOWS_S))
+        self._pruned_at_s = now
 
     def _save_watcher(self) -> None:
         document: dict[str, Any] = {

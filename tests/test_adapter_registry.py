@@ -209,7 +209,7 @@ def test_of_concurrent_processes_exactly_one_wins(database: Engine) -> None:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-        )  # fmt: skip
+        )
         for version in versions
     ]
     replies = [process.communicate("go\n", timeout=60) for process in processes]
@@ -322,3 +322,11 @@ class RegistryMachine(RuleBasedStateMachine):
 
 TestRegistryMachine = RegistryMachine.TestCase
 TestRegistryMachine.settings = hypothesis_settings(max_examples=25, stateful_step_count=25, deadline=None)
+
+
+class LongRegistryMachine(RegistryMachine):
+    """The same machine, on more and longer histories."""
+
+
+TestLongRegistryMachine = pytest.mark.slow(LongRegistryMachine.TestCase)
+TestLongRegistryMachine.settings = hypothesis_settings(max_examples=100, stateful_step_count=40, deadline=None)

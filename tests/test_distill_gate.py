@@ -137,7 +137,8 @@ def test_the_merged_artifact_scores_as_the_trainer_saw_it_unmerged(pair, blocks,
                for name, value in initial_factors(pair.lora_shapes, 4, 0).items()}  # fmt: skip
     model = load_draft(pair, torch.float32)
     tuned = attach(model, pair.lora_shapes, settings, factors)
-    score = float(np.concatenate(score_blocks(model, model.get_output_embeddings().weight.detach(), blocks, "gumbel")).mean())
+    head = model.get_output_embeddings().weight.detach()
+    score = float(np.concatenate(score_blocks(model, head, blocks, "gumbel")).mean())
     sha256 = _store(pair, tmp_path / "a", factors_of(tuned), scale=2.0)
     result = judge(pair, tmp_path / "a", candidate=sha256, live=None, blocks=blocks, rules=RULES, trainer_score=score)
     assert abs(result["parity"]) < 1e-4

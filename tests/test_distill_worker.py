@@ -97,7 +97,7 @@ def _trainer_of(job: Job) -> psutil.Process | None:
 
 
 def _slow(settings: Settings) -> Settings:
-    return settings.model_copy(update={"distill": QUICK.model_copy(update={"epochs": 100_000.0})})
+    return settings.model_copy(update={"distill": QUICK.model_copy(update={"epochs": 2_000.0})})
 
 
 def _gone(process: psutil.Process) -> bool:
@@ -144,7 +144,7 @@ def test_a_killed_worker_leaves_no_trainer_and_its_job_is_taken_over(settings, j
 
 
 def test_killing_only_the_main_process_ends_its_trainer_too(settings, jobs, tmp_path, wait_for):
-    """The pool child notices that its parent is gone, ends the trainer and hands the job back."""
+    """No orphan remains of a worker whose main process dies; the job can be claimed when its lease is over."""
     slow = _slow(settings)
     with _worker(slow, tmp_path / "worker.log") as worker:
         job_id = _request(slow, jobs)
@@ -154,7 +154,7 @@ def test_killing_only_the_main_process_ends_its_trainer_too(settings, jobs, tmp_
         worker.kill()
         wait_for(lambda: _gone(trainer))
         wait_for(lambda: all(_gone(child) for child in children))
-    assert jobs.get(job_id).state == "queued"
+    wait_for(lambda: job_id in jobs.claimable(), 3 * QUICK.lease_s)
 
 
 def test_sigterm_stops_the_worker_and_hands_the_job_back(settings, jobs, tmp_path, wait_for):
@@ -167,7 +167,7 @@ def test_sigterm_stops_the_worker_and_hands_the_job_back(settings, jobs, tmp_pat
         assert trainer is not None
         worker.terminate()
         wait_for(lambda: _gone(worker) and _gone(trainer), 30)
-    wait_for(lambda: job_id in jobs.claimable(), 3 * QUICK.lease_s)
+    assert jobs.get(job_id).state == "queued", (tmp_path / "worker.log").read_text()[-3000:]
 
 
 def test_the_worker_outlives_a_broker_that_is_down_and_restarts(settings, jobs, valkey, tmp_path, wait_for):
@@ -256,5 +256,3 @@ def test_the_last_progress_line_is_kept_when_the_job_is_done(settings, jobs, mon
     assert tasks.supervise(settings, job.id) == "done"
     assert jobs.get(job.id).result == {"version": 3}
     assert jobs.get(job.id).progress == {"step": 5, "steps": 5}
-
-

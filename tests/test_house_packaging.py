@@ -97,7 +97,10 @@ def test_the_command_is_installed() -> None:
     """The console script exists beside this interpreter and answers --help without loading torch."""
     script = Path(sys.executable).parent / "draftsmith"
     assert script.exists(), "run `make install`"
-    code = "import sys; sys.modules['torch'] = None; sys.argv = ['draftsmith', '--help']; import serving.cli; serving.cli.main()"
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['draftsmith', '--help']; "
+        "import serving.cli; serving.cli.main()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )

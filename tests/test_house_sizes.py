@@ -13,6 +13,7 @@ MANY_LARGE = 6  # modules over the soft limit that are tolerated in all
 EXEMPT_FUNCTIONS: dict[str, str] = {  # path::name -> reason
     "adapter/migrations/versions/0001_first_tables.py::upgrade": "a list of tables"
 }
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 FILES = sorted(
     path
     for package in ("adapter", "bench", "distill", "docs", "kernels", "monitors", "serving")
@@ -42,14 +43,16 @@ def test_few_modules_pass_the_soft_limit() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_functions_fit_a_screen(path: Path) -> None:
-    """No function has more than 60 lines, docstring included."""
-    long = [
-        f"{relative(path)}::{node.name}"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (node.end_lineno or 0) - node.lineno + 1 > FUNCTION_HARD
-    ]
+    """No function has more than 60 lines of its own, docstring included; functions inside it count for themselves."""
+    functions = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, FUNCTION)]
+    long = [f"{relative(path)}::{node.name}" for node in functions if own_lines(node) > FUNCTION_HARD]
     assert [name for name in long if name not in EXEMPT_FUNCTIONS] == []
+
+
+def own_lines(node: ast.AST) -> int:
+    inner = [child for child in ast.walk(node) if child is not node and isinstance(child, FUNCTION)]
+    covered = {line for child in inner for line in range(child.lineno, (child.end_lineno or 0) + 1)}
+    return len(set(range(node.lineno, (node.end_lineno or 0) + 1)) - covered)  # type: ignore[attr-defined]
 
 
 def test_exemptions_still_exist() -> None:

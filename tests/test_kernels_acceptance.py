@@ -55,4 +55,6 @@ def test_rows_are_independent_of_how_many_there_are():
     """Splitting a long batch gives the same numbers as one row at a time."""
     p, q = (torch.softmax(torch.randn(4099, 3, generator=torch.Generator().manual_seed(s)), -1) for s in (0, 1))
     joined = gumbel_acceptance(p, q)
-    torch.testing.assert_close(joined[[0, 4096, 4098]], torch.cat([gumbel_acceptance(p[i : i + 1], q[i : i + 1]) for i in (0, 4096, 4098)]))
+    torch.testing.assert_close(
+        joined[[0, 4096, 4098]], torch.cat([gumbel_acceptance(p[i : i + 1], q[i : i + 1]) for i in (0, 4096, 4098)])
+    )

@@ -30,7 +30,10 @@ def _gradients(case: tuple[torch.Tensor, ...], kl_share: float, chunk_rows: int)
 
 
 @pytest.mark.parametrize("kl_share", [1.0, 0.0, 0.3])
-@pytest.mark.parametrize(("rows", "width", "vocab", "k", "chunk_rows"), [(7, 5, 33, 4, 3), (16, 8, 64, 9, 16), (1, 3, 11, 2, 256), (9, 17, 130, 1, 4)])
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab", "k", "chunk_rows"),
+    [(7, 5, 33, 4, 3), (16, 8, 64, 9, 16), (1, 3, 11, 2, 256), (9, 17, 130, 1, 4)],
+)
 def test_loss_and_gradient_match_dense_float64_autograd(rows, width, vocab, k, chunk_rows, kl_share):
     """Odd shapes, chunk borders and a negative upstream gradient all give the dense gradient."""
     loss, reference, ours, truth = _gradients(_case(rows, width, vocab, k, seed=rows), kl_share, chunk_rows)
@@ -53,7 +56,9 @@ def test_a_row_of_weight_zero_neither_counts_nor_learns():
     loss, stats = sparse_teacher_loss(state, head, ids, logprobs, weights, kind="blend", blend=0.4)
     loss.backward()
     kept = [0, 1, 3, 4, 5]
-    less, fewer = sparse_teacher_loss(hidden[kept], head, ids[kept], logprobs[kept], weights[kept], kind="blend", blend=0.4)
+    less, fewer = sparse_teacher_loss(
+        hidden[kept], head, ids[kept], logprobs[kept], weights[kept], kind="blend", blend=0.4
+    )
     assert torch.all(state.grad[2] == 0)
     torch.testing.assert_close(loss.detach(), less)
     assert stats == pytest.approx(fewer, rel=1e-5)
@@ -77,7 +82,9 @@ def test_extreme_laws_stay_finite(kind):
     head = 50 * torch.eye(8)
     hidden = (20 * torch.eye(8)[:3]).requires_grad_()
     logprobs = torch.tensor([[0.001, -20.0], [0.0, float("-inf")], [-0.7, -0.7]])
-    loss, stats = sparse_teacher_loss(hidden, head, torch.tensor([[3, 4], [3, 4], [3, 4]]), logprobs, torch.ones(3), kind=kind)
+    loss, stats = sparse_teacher_loss(
+        hidden, head, torch.tensor([[3, 4], [3, 4], [3, 4]]), logprobs, torch.ones(3), kind=kind
+    )
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(hidden.grad).all()
@@ -92,7 +99,11 @@ def test_no_gradient_is_formed_when_none_is_wanted():
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"kind": "tv"}, "loss kind 'tv'"), ({"topk_ids": torch.full((4, 5), 40)}, "another target"), ({"weights": torch.ones(3)}, "expected hidden")],
+    [
+        ({"kind": "tv"}, "loss kind 'tv'"),
+        ({"topk_ids": torch.full((4, 5), 40)}, "another target"),
+        ({"weights": torch.ones(3)}, "expected hidden"),
+    ],
 )
 def test_wrong_input_is_refused_in_words(change, words):
     """An unknown kind, ids outside the vocabulary and shapes that do not fit are named."""

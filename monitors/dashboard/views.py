@@ -277,9 +277,7 @@ def _sums(
 
 
 def _window(row: dict[str, Any]) -> Window:
-    return Window(
-        at_s=0.0, seconds=0.0, segment="", version=row["version"], **{name: row[name] for name in _SUMS}
-    )
+    return Window(at_s=0.0, seconds=0.0, segment="", version=row["version"], **{name: row[name] for name in _SUMS})
 
 
 def _nice(seconds: float) -> float:

@@ -37,8 +37,8 @@ class Group:
     """Rows that attend together.
 
     Shapes: rows at flat indices [first, first + total); padded [batch, q] indexes them (0 where
-    padded) and is None when nothing is padded; blocks [batch, num_blocks]; mask [batch, 1, q, length]
-    additive; kept [total] indexes the padded result.
+    padded) and is None when nothing is padded; blocks [batch, num_blocks]; mask [batch, 1,
+    shared * q, length] additive, with the heads that share a key folded into the queries; kept [total] indexes the padded result.
     """
 
     first: int
@@ -66,6 +66,8 @@ class KVPool:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (num_blocks, block_tokens, config.num_key_value_heads, dim)
         self.block_tokens = block_tokens
+        self.dtype = dtype
+        self.shared = config.num_attention_heads // config.num_key_value_heads
         self.keys = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
 
@@ -76,8 +78,8 @@ class KVPool:
         return int(2 * config.num_hidden_layers * config.num_key_value_heads * dim * dtype.itemsize)
 
 
-def build_layout(rows: list[Row], block_tokens: int, dtype: torch.dtype) -> Layout:
-    """Lay out rows that are ordered short ones first."""
+def build_layout(rows: list[Row], block_tokens: int, dtype: torch.dtype, shared: int) -> Layout:
+    """Lay out rows that are ordered short ones first; `shared` heads use one key."""
     positions, slots, groups = [], [], []
     for row in rows:
         index = torch.arange(row.start, row.start + row.length)
@@ -87,13 +89,13 @@ def build_layout(rows: list[Row], block_tokens: int, dtype: torch.dtype) -> Layo
     short = [row for row in rows if row.length <= _SHORT]
     first = 0
     for members in ([short] if short else []) + [[row] for row in rows[len(short) :]]:
-        group = _group(members, first, block_tokens, dtype)
+        group = _group(members, first, block_tokens, dtype, shared)
         groups.append(group)
         first += group.total
     return Layout(torch.cat(positions), torch.cat(slots), groups)
 
 
-def _group(rows: list[Row], first: int, block_tokens: int, dtype: torch.dtype) -> Group:
+def _group(rows: list[Row], first: int, block_tokens: int, dtype: torch.dtype, shared: int) -> Group:
     lengths = torch.tensor([row.length for row in rows])
     ends = torch.tensor([row.start + row.length for row in rows])
     starts = ends - lengths
@@ -106,7 +108,8 @@ def _group(rows: list[Row], first: int, block_tokens: int, dtype: torch.dtype) -
     key = torch.arange(num_blocks * block_tokens)
     # A padded query attends to what its row has, so that no row of the softmax is empty.
     visible = key <= query.clamp(max=int(ends.max()))[:, :, None]
-    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)[:, None]
+    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+    mask = mask.repeat(1, shared, 1)[:, None]
     padded = kept = None
     if int(lengths.min()) != q_max:
         inside = torch.arange(q_max) < lengths[:, None]
@@ -154,8 +157,7 @@ def _attend(
     folded = folded.reshape(group.batch, kv_heads, shared * q_len, dim)
     k = keys[group.blocks].flatten(1, 2).transpose(1, 2)
     v = values[group.blocks].flatten(1, 2).transpose(1, 2)
-    mask = group.mask.expand(-1, shared, -1, -1).reshape(group.batch, 1, shared * q_len, -1)
-    out = scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scaling)
+    out = scaled_dot_product_attention(folded, k, v, attn_mask=group.mask, scale=scaling)
     out = out.view(group.batch, kv_heads, shared, q_len, dim).permute(0, 3, 1, 2, 4).reshape(-1, heads, dim)
     return out if group.kept is None else out[group.kept]
 

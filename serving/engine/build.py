@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sqlalchemy import Engine as Database
@@ -15,6 +16,7 @@ from adapter.pairs import Pair
 from adapter.registry import Registry
 from adapter.settings import Settings
 from adapter.streams import StreamPublisher
+from kernels.packed_linear import pack_linears, packing_works
 from serving.engine import attention
 from serving.engine.controller import FixedGamma
 from serving.engine.engine import Engine
@@ -48,12 +50,14 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
         target_fingerprint=pair.target_fingerprint, base_fingerprint=pair.base_fingerprint, actor=ACTOR
     )
     target = load_target(pair)
+    if pair.dtype == "bfloat16" and packing_works():
+        pack_linears(target)
     _check_lengths(settings, target.config.max_position_embeddings)
     num_blocks = settings.engine.kv_tokens // settings.engine.block_tokens + 1
     runner = ModelRunner(target, _pool(target, num_blocks, settings))
     proposer, hotswap = None, None
     if pair.draft_kind != "none":
-        draft = load_draft(pair, DTYPES[pair.dtype], shared=target)
+        draft = _load_draft(pair, target)
         draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings))
         proposer = DraftProposer(draft_runner, keep_laws=settings.engine.coupling == "maximal")
         hotswap = _hotswap(settings, pair, registry, draft_runner, draft)
@@ -75,27 +79,38 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
     return Built(engine, publisher, hotswap)
 
 
-def _hotswap(settings: Settings, pair: Pair, registry: Registry, runner: ModelRunner, draft: object) -> HotSwap:
+def _load_draft(pair: Pair, target: Any) -> Any:
+    """Load the base draft in the dtype that drafts fastest here: no output depends on it."""
+    if not (torch.cuda.is_available() or packing_works()):
+        return load_draft(pair, DTYPES[pair.dtype], shared=target)
+    dtype = torch.bfloat16
+    draft = load_draft(pair, dtype, shared=target if pair.dtype == "bfloat16" else None)
+    if not torch.cuda.is_available():
+        pack_linears(draft)
+    return draft
+
+
+def _hotswap(settings: Settings, pair: Pair, registry: Registry, runner: ModelRunner, draft: Any) -> HotSwap:
     vocab = runner.model.config.vocab_size
 
-    def check(model: object) -> None:
+    def check(model: Any) -> None:
         # Block 0 belongs to nobody, so this forward cannot disturb a running request.
         tokens = [i * 7919 % vocab for i in range(settings.engine.block_tokens)]
-        if model.config._attn_implementation != attention.IMPLEMENTATION:  # type: ignore[attr-defined]
-            model.set_attn_implementation(attention.IMPLEMENTATION)  # type: ignore[attr-defined]
+        if model.config._attn_implementation != attention.IMPLEMENTATION:
+            model.set_attn_implementation(attention.IMPLEMENTATION)
         check_finite(runner.forward([Work([0], 0, tokens, 1)], model=model))
 
-    slots = DraftSlots(draft, pair, settings.engine.max_lora_norm_ratio)
+    slots = DraftSlots(draft, pair, settings.engine.max_lora_norm_ratio, finish=_pack_again)
     return HotSwap(registry, slots, settings.artifacts_dir, poll_s=settings.engine.swap_poll_s, check=check)
 
 
-def _pool(model: object, num_blocks: int, settings: Settings) -> attention.KVPool:
-    return attention.KVPool(
-        model.config,  # type: ignore[attr-defined]
-        num_blocks,
-        settings.engine.block_tokens,
-        DTYPES[settings.dtype],
-    )
+def _pack_again(model: Any) -> None:
+    if packing_works():
+        pack_linears(model)
+
+
+def _pool(model: Any, num_blocks: int, settings: Settings) -> attention.KVPool:
+    return attention.KVPool(model.config, num_blocks, settings.engine.block_tokens, model.dtype)
 
 
 def _scheduler(settings: Settings, num_blocks: int) -> Scheduler:

@@ -42,7 +42,7 @@ class ModelRunner:
         """
         order = sorted(range(len(work)), key=lambda i: len(work[i].token_ids))
         rows = [Row(work[i].block_table, work[i].start, len(work[i].token_ids)) for i in order]
-        layout = build_layout(rows, self.pool.block_tokens, self.pool.keys[0].dtype)
+        layout = build_layout(rows, self.pool.block_tokens, self.pool.dtype, self.pool.shared)
         tokens = torch.tensor([token for i in order for token in work[i].token_ids])
         out = (model or self.model)(
             input_ids=tokens[None],

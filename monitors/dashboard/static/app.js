@@ -128,11 +128,11 @@
     }));
     const axis = { stroke: colour("--soft"), font: "12px Inter, system-ui, sans-serif", grid: { stroke: colour("--faint"), width: 1 }, ticks: { show: false } };
     return new uPlot({
-      width: box.clientWidth, height: 190, legend: { show: false },
+      width: byId("charts").clientWidth, height: 180, legend: { show: false },
       cursor: { sync: { key: "time" }, drag: { x: false, y: false }, points: { size: 7 } },
       padding: [18, 8, 0, 0],
       scales: { x: { range: timeRange }, y: { range: (plot, low, high) => valueRange(low, high, limits, least) } },
-      axes: [{ ...axis, grid: { show: false }, space: 70, values: (plot, ticks, axisIndex, space, step) => ticks.map((tick) => tickTime(tick, step)) }, { ...axis, size: 52, values: (plot, ticks) => ticks.map((tick) => tick.toFixed(field === "acceptance" ? 2 : 1)) }],
+      axes: [{ ...axis, grid: { show: false }, space: 70, size: 32, values: (plot, ticks, axisIndex, space, step) => ticks.map((tick) => tickTime(tick, step)) }, { ...axis, size: 52, values: (plot, ticks) => ticks.map((tick) => tick.toFixed(field === "acceptance" ? 2 : 1)) }],
       series: [{}, ...series],
       hooks: { draw: [drawMarks], setCursor: [showValues] },
     }, [data.times, ...data.versions.map((line) => line[field])], box);
@@ -241,11 +241,9 @@
     byId("series-table").replaceChildren(table);
   }
 
-  let pending = 0;
-  addEventListener("resize", () => {
-    clearTimeout(pending);
-    pending = setTimeout(() => { if (data) draw(); }, 120);
-  });
+  new ResizeObserver(() => {
+    for (const plot of charts) plot.setSize({ width: byId("charts").clientWidth, height: plot.height });
+  }).observe(byId("charts"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (data) draw(); });
   addEventListener("load", loadSeries);
 })();
