@@ -65,7 +65,9 @@ def choose_layers(num_layers: int, keep: int) -> list[int]:
         SettingsError: the target has too few layers.
     """
     if not 2 <= keep < num_layers:
-        raise SettingsError(f"layers = {keep}: a draft keeps at least 2 of the target's {num_layers} layers and not all")
+        raise SettingsError(
+            f"layers = {keep}: a draft keeps at least 2 of the target's {num_layers} layers and not all"
+        )
     return [*range(keep - 1), num_layers - 1]
 
 

@@ -64,11 +64,10 @@ class _PreallocatedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
+        if self.used == 0:
             batch, heads, _q, dim = key_states.shape
             self.keys = key_states.new_empty(batch, heads, self.length, dim)
             self.values = torch.empty_like(self.keys)
-            self.is_initialized = True
         end = self.used + key_states.shape[2]
         self.keys[:, :, self.used : end] = key_states
         self.values[:, :, self.used : end] = value_states

@@ -70,8 +70,8 @@ ToEngine = Submit | End | Hello
 ToApi = Tokens | Refused | Snapshot
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_to_api = msgspec.msgpack.Decoder(ToApi)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_to_api: msgspec.msgpack.Decoder[ToApi] = msgspec.msgpack.Decoder(ToApi)
 
 
 def encode(message: ToEngine | ToApi) -> bytes:

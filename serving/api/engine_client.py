@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import structlog
 import zmq
 import zmq.asyncio
 
+from adapter.contracts import FinishReason
 from serving import ipc
 from serving.api.errors import ApiError
 from serving.snapshot import Snapshot
@@ -57,7 +58,7 @@ class EngineClient:
         """Whether the engine was heard of recently."""
         return time.monotonic() - self._heard_s < ipc.SILENT_AFTER_S
 
-    async def generate(self, submit: ipc.Submit) -> AsyncIterator[ipc.Tokens]:
+    async def generate(self, submit: ipc.Submit) -> AsyncGenerator[ipc.Tokens, None]:
         """Submit a request and yield its tokens, a round at a time.
 
         Closing the iterator early cancels the request: its slot is free within a round.
@@ -92,7 +93,7 @@ class EngineClient:
     async def end(self, request_id: str, delivered_tokens: int, *, stopped: bool = False) -> None:
         """Stop a request in the engine: the client left, or its stop string was found."""
         self._queues.pop(request_id, None)
-        reason: ipc.FinishReason = "stop" if stopped else "cancelled"
+        reason: FinishReason = "stop" if stopped else "cancelled"
         await self._send(ipc.End(request_id=request_id, reason=reason, delivered_tokens=delivered_tokens))
 
     async def _send(self, message: ipc.ToEngine) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -84,7 +84,7 @@ class Generator:
             end_tokens=self.text.end_tokens, segment=segment, gamma=self._gamma(request),
         )  # fmt: skip
 
-    async def pieces(self, submit: ipc.Submit, stops: list[str], answer: Answer) -> AsyncIterator[Piece]:
+    async def pieces(self, submit: ipc.Submit, stops: list[str], answer: Answer) -> AsyncGenerator[Piece, None]:
         """Yield the answer's text as it becomes certain; counts are kept in `answer`."""
         text = AnswerText(self.text, stops)
         reason = "cancelled"

@@ -7,7 +7,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -79,15 +79,15 @@ def _segment(request: Request) -> str:
     return value
 
 
-async def _first(pieces: AsyncIterator[Piece]) -> Piece | None:
+async def _first(pieces: AsyncGenerator[Piece, None]) -> Piece | None:
     """Read the first piece before the response begins, so that a refusal still has its own status."""
     return await anext(pieces, None)
 
 
 async def _events(
-    form: _Shape, first: Piece | None, pieces: AsyncIterator[Piece], answer: Answer, usage: bool
+    form: _Shape, first: Piece | None, pieces: AsyncGenerator[Piece, None], answer: Answer, usage: bool
 ) -> AsyncIterator[str]:
-    async with aclosing(pieces):  # type: ignore[type-var]
+    async with aclosing(pieces):
         try:
             yield _event(form.opening())
             if first is not None:
@@ -105,13 +105,13 @@ def _event(body: dict[str, Any] | None) -> str:
     return "" if body is None else f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-async def _collect(pieces: AsyncIterator[Piece], request: Request) -> tuple[str, str | None]:
+async def _collect(pieces: AsyncGenerator[Piece, None], request: Request) -> tuple[str, str | None]:
     """Read a whole answer; give up when the client leaves, which frees its slot."""
 
     async def read() -> tuple[str, str | None]:
         parts: list[str] = []
         reason = None
-        async with aclosing(pieces):  # type: ignore[type-var]
+        async with aclosing(pieces):
             async for piece in pieces:
                 parts.append(piece.text)
                 reason = piece.finish_reason

@@ -37,8 +37,9 @@ class Group:
     """Rows that attend together.
 
     Shapes: rows at flat indices [first, first + total); padded [batch, q] indexes them (0 where
-    padded) and is None when nothing is padded; blocks [batch, num_blocks]; mask [batch, 1,
-    shared * q, length] additive, with the heads that share a key folded into the queries; kept [total] indexes the padded result.
+    padded) and is None when nothing is padded; kept [total] indexes the padded result; blocks
+    [batch, num_blocks]; mask [batch, 1, shared * q, length] additive, with the heads that share a
+    key folded into the queries.
     """
 
     first: int

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapter.contracts import FLOOR_VERSION, FinishReason
+from adapter.contracts import FLOOR_VERSION, FinishReason, Sampling
 from adapter.hotswap import HotSwap
 from kernels.sampling import shape_logits
 from kernels.verify import verify_gumbel, verify_maximal
@@ -140,7 +140,9 @@ class Engine:
         self, logits: torch.Tensor, ready: list[Sequence], proposals: list[Proposal]
     ) -> tuple[list[tuple[int, int]], list[int]]:
         """Return (num_accepted, next token) of each ready request, and where its rows begin."""
-        samplings, positions, first_rows = [], [], []
+        samplings: list[Sampling] = []
+        positions: list[int] = []
+        first_rows: list[int] = []
         for request, proposal in zip(ready, proposals, strict=True):
             first_rows.append(len(positions))
             rows = len(proposal.tokens) + 1
