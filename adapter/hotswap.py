@@ -24,7 +24,8 @@ from adapter import artifacts
 from adapter.contracts import FLOOR_VERSION, ArtifactError, RegistryError
 from adapter.lora import base_weights, load_factors, merge
 from adapter.pairs import Pair, expected_tensors
-from adapter.registry import Live, Registry
+from adapter.registry import Registry
+from adapter.versions import Live
 
 log = structlog.get_logger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from sqlalchemy import Engine, insert, or_, select, update
+from sqlalchemy import Connection, Engine, insert, or_, select, update
 
 from adapter.contracts import RegistryError
 from adapter.tables import jobs
@@ -103,6 +103,23 @@ class Jobs:
         if progress is not None:
             values["progress"] = progress
         return self._guarded(job_id, epoch, values)
+
+    def fence(self, job_id: str, epoch: int) -> Callable[[Connection], None]:
+        """Return a check for another transaction: that this job still runs under this epoch.
+
+        Raises (the check):
+            RegistryError: it was taken over, cancelled or has ended.
+        """
+
+        def check(connection: Connection) -> None:
+            job = self._one(connection, job_id)
+            if job.state != "running" or job.epoch != epoch:
+                raise RegistryError(
+                    f"job {job_id} is {job.state} at epoch {job.epoch}; this trainer holds epoch {epoch} and must "
+                    "not publish"
+                )
+
+        return check
 
     def finish(self, job_id: str, epoch: int, *, result: dict[str, Any]) -> bool:
         """Close a job as done; False when the epoch is stale."""

@@ -15,50 +15,9 @@ from sqlalchemy import Connection, Engine, insert, select, update
 
 from adapter import tables
 from adapter.contracts import FLOOR_VERSION, ConflictError, RegistryError
+from adapter.versions import AuditEntry, Draft, Live
 
 _SCOPE = "global"
-
-
-class Draft(msgspec.Struct, frozen=True, kw_only=True):
-    """One draft version. `artifact_sha256` is None for version 0, the base draft itself."""
-
-    version: int
-    parent: int | None
-    state: str
-    artifact_sha256: str | None
-    artifact_bytes: int | None
-    target_fingerprint: str
-    base_fingerprint: str
-    trained_on: dict[str, Any]
-    gate: dict[str, Any]
-    reason: str
-    job_id: str | None
-    created_at_s: float
-    created_by: str
-
-
-class Live(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the aliases point. `generation` rises with every move."""
-
-    generation: int
-    live: int
-    previous: int | None
-    artifacts: dict[int, str | None]  # version -> artifact hash, for live and previous
-
-
-class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One state change: who, what, from where to where, and why."""
-
-    id: int
-    at_s: float
-    actor: str
-    automatic: bool
-    verb: str
-    from_version: int | None
-    to_version: int | None
-    generation: int
-    reason: str
-    evidence: dict[str, Any]
 
 
 class Registry:
@@ -171,14 +130,17 @@ class Registry:
         reason: str,
         job_id: str | None,
         actor: str,
+        fence: Callable[[Connection], None] = lambda connection: None,
     ) -> Draft:
         """Store a new immutable version; it is not live before it is promoted.
 
-        `state` is `ready` when it passed its gate and `rejected` when it did not.
+        `state` is `ready` when it passed its gate and `rejected` when it did not.  `fence` runs
+        inside the transaction and raises to refuse.
         """
         if state not in ("ready", "rejected"):
             raise RegistryError(f"a version is published as 'ready' or 'rejected', not {state!r}")
         with self._engine.begin() as connection:
+            fence(connection)
             base = self._draft(connection, FLOOR_VERSION)
             newest = connection.execute(
                 select(tables.drafts.c.version).order_by(tables.drafts.c.version.desc()).limit(1)

@@ -274,12 +274,13 @@ def _export(
     save_file(weights, out / (DRAFT_TENSORS + ".part"))
     os.replace(out / (DRAFT_TENSORS + ".part"), out / DRAFT_TENSORS)
     tokens = (recipe.shards - 1) * recipe.rows * recipe.length
+    positions = recipe.steps * recipe.batch_rows * (recipe.length - 1)
     read_shared(target)  # a target whose embedding cannot be shared fails here and not at serving time
     manifest = DraftManifest(
         kind="pruned", layers=tuple(choose_layers(read_config(target)["num_hidden_layers"], recipe.layers)),
         target_name=target_name, target_fingerprint=model_fingerprint(target),
         sha256=file_sha256(out / DRAFT_TENSORS), licence="Apache-2.0",
-        recipe={**asdict(recipe), "tokens": tokens, "positions": recipe.steps * recipe.batch_rows * (recipe.length - 1)},
+        recipe={**asdict(recipe), "tokens": tokens, "positions": positions},
         measured=measured,
     )  # fmt: skip
     (out / DRAFT_MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")

@@ -26,16 +26,17 @@ from sqlalchemy import Engine
 from transformers.utils import logging as transformers_logging
 
 from adapter import artifacts, keys
-from adapter.contracts import ArtifactError, DraftsmithError, RegistryError, VerifiedBlock
+from adapter.contracts import ArtifactError, DraftsmithError, VerifiedBlock
 from adapter.database import open_database
 from adapter.facts import Facts
 from adapter.jobs import Jobs
 from adapter.lora import load_factors
 from adapter.models import load_draft
 from adapter.pairs import Pair, expected_tensors, pair_from_facts, read_config
-from adapter.registry import Draft, Registry
+from adapter.registry import Registry
 from adapter.settings import Settings, load_settings
 from adapter.streams import StreamReader, connect
+from adapter.versions import Draft
 from distill.gate import GateRules, judge, score_blocks
 from distill.intake import defect_of, drain
 from distill.replay import ReplayError, ReplayStore
@@ -64,7 +65,9 @@ def run_job(
     pair = pair_from_facts(Facts(engine))
     if pair is None or pair.draft_kind == "none":
         raise TrainingError("no draft is served from this data folder; start `draftsmith serve` with a draft first")
-    check_epoch(jobs, job_id, epoch)
+    fence = jobs.fence(job_id, epoch)
+    with engine.execution_options(readonly=True).begin() as connection:
+        fence(connection)
     for draft in registry.drafts():
         if draft.job_id == job_id:  # killed between publishing and reporting
             return _result(draft, seconds=clock() - began)
@@ -86,7 +89,6 @@ def run_job(
         rules=gate_rules(settings),
         trainer_score=score,
     )
-    check_epoch(jobs, job_id, epoch)
     draft = registry.publish(
         parent=live.live,
         state="ready" if gate["passed"] else "rejected",
@@ -97,24 +99,12 @@ def run_job(
         reason=gate["verdict"],
         job_id=job_id,
         actor=_ACTOR,
+        fence=fence,
     )
     if gate["passed"]:
         store.mark(chosen.newest)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return _result(draft, seconds=clock() - began)
-
-
-def check_epoch(jobs: Jobs, job_id: str, epoch: int) -> None:
-    """Stop a trainer whose job somebody else holds by now.
-
-    Raises:
-        RegistryError: the job is not running under `epoch`.
-    """
-    job = jobs.get(job_id)
-    if job.state != "running" or job.epoch != epoch:
-        raise RegistryError(
-            f"job {job_id} is {job.state} at epoch {job.epoch}; this trainer holds epoch {epoch} and must not publish"
-        )
 
 
 def collect(settings: Settings, pair: Pair) -> ReplayStore:

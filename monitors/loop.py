@@ -16,9 +16,11 @@ import structlog
 from sqlalchemy import Engine
 
 from adapter.contracts import FLOOR_VERSION, ConflictError, RegistryError
+from adapter.hints import announcer
 from adapter.jobs import OPEN_STATES, Job, Jobs
-from adapter.registry import AuditEntry, Live, Registry
+from adapter.registry import Registry
 from adapter.settings import Settings
+from adapter.versions import AuditEntry, Live
 from monitors.alerts import AlertDesk
 from monitors.drift import DriftDetector
 from monitors.guard import Guard
@@ -68,7 +70,7 @@ class LearningLoop:
         save: Callable[[LoopState], None] = lambda state: None,
     ) -> None:
         self._settings = settings
-        self._registry = Registry(engine, clock=clock)
+        self._registry = Registry(engine, clock=clock, announce=announcer(settings))
         self._jobs = Jobs(engine, clock=clock)
         self._book = book
         self._clock = clock

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.metrics import MetricWrapperBase
 
 from adapter.contracts import FLOOR_VERSION, RequestOutcome
-from adapter.registry import Live
+from adapter.versions import Live
 from monitors.acceptance import ReaderCounters
 from monitors.alerts import NotifierCounters
 from monitors.drift import DriftDetector

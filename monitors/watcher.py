@@ -24,8 +24,9 @@ from adapter.alerting import Alerts
 from adapter.contracts import RegistryError
 from adapter.facts import DRIFT, WATCHER, Facts
 from adapter.jobs import Jobs
-from adapter.registry import Live, Registry
+from adapter.registry import Registry
 from adapter.settings import Settings
+from adapter.versions import Live
 from monitors.acceptance import OutcomeReader, observations_of
 from monitors.alerts import AlertDesk, Notifier
 from monitors.announcer import Announcer

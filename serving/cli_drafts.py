@@ -15,8 +15,9 @@ from rich.table import Table
 from adapter.contracts import SettingsError
 from adapter.database import migrate, open_database
 from adapter.hints import announcer
-from adapter.registry import Draft, Live, Registry
+from adapter.registry import Registry
 from adapter.settings import load_settings
+from adapter.versions import Draft, Live
 
 app = typer.Typer(no_args_is_help=True)
 

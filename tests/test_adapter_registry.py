@@ -17,7 +17,8 @@ from sqlalchemy import Engine
 
 from adapter.contracts import ConflictError, RegistryError
 from adapter.database import migrate, open_database
-from adapter.registry import Draft, Registry
+from adapter.registry import Registry
+from adapter.versions import Draft
 
 TARGET, BASE = "a" * 64, "b" * 64
 MOVES = ("install", "promote", "roll_back")

@@ -23,8 +23,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from sqlalchemy import Engine, text
 
 from adapter.contracts import ConflictError, RegistryError
-from adapter.registry import Live, Registry
+from adapter.hints import announcer
+from adapter.registry import Registry
 from adapter.settings import Settings
+from adapter.versions import Live
 from monitors.dashboard import views
 from monitors.dashboard.wording import FILTERS
 
@@ -55,7 +57,7 @@ def create_app(
 ) -> FastAPI:
     """Build the application over a migrated database."""
     app = FastAPI(title="Draftsmith", docs_url=None, redoc_url=None, openapi_url=None)
-    registry = Registry(engine, clock=clock)
+    registry = Registry(engine, clock=clock, announce=announcer(settings))
     env = Environment(
         loader=FileSystemLoader(_HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,

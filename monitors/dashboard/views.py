@@ -16,8 +16,9 @@ from adapter.alerting import Alerts
 from adapter.contracts import FLOOR_VERSION, RegistryError
 from adapter.facts import DRIFT, PAIR, WATCHER, Facts
 from adapter.jobs import OPEN_STATES, Job, Jobs
-from adapter.registry import AuditEntry, Draft, Live, Registry
+from adapter.registry import Registry
 from adapter.tables import windows
+from adapter.versions import AuditEntry, Draft, Live
 
 NOW_S = 900.0  # "now" is the last quarter of an hour, or since the promotion
 VERSIONS_S = 86400.0
