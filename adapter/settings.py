@@ -7,6 +7,7 @@ works on a laptop.  `REDIS_URL` and `DATABASE_URL` are honoured under their usua
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from difflib import get_close_matches
@@ -221,6 +222,4 @@ def child_environment(settings: Settings) -> dict[str, str]:
 
 
 def _json(value: object) -> str:
-    import json
-
     return json.dumps(value)

@@ -9,6 +9,8 @@ Algorithm 1.  p is the target's law, q the draft's, both after temperature, top-
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 
 from kernels.noise import Purpose, uniform
@@ -41,30 +43,48 @@ def verify_maximal(
     Shapes: scaled as in `verify_gumbel`; draft_scaled[i] [len(drafts[i]), vocab] are the very
     logits, shaped, from which the tokens of drafts[i] were drawn.
     """
-    results, start = [], 0
-    for drafted, q_scaled in zip(drafts, draft_scaled, strict=True):
-        stop = start + len(drafted) + 1
-        index = torch.arange(start, stop)
-        results.append(_verify_one(scaled[start:stop], params.rows(index), drafted, q_scaled))
-        start = stop
+    said = draw(scaled, params).tolist()
+    ends = list(accumulate(len(drafted) + 1 for drafted in drafts))
+    starts = [end - len(drafted) - 1 for end, drafted in zip(ends, drafts, strict=True)]
+    judged = torch.tensor([row for start, end in zip(starts, ends, strict=True) for row in range(start, end - 1)])
+    if not len(judged):
+        return [(0, said[start]) for start in starts]
+    p = torch.softmax(scaled[judged].double(), dim=-1)
+    q = torch.softmax(torch.cat(draft_scaled).double(), dim=-1)
+    lucky = _kept(p, q, params.rows(judged), drafts, [said[row] for row in judged.tolist()])
+    results, recover = [], []  # recover: request, row of p, row of scaled
+    first = 0
+    for start, drafted in zip(starts, drafts, strict=True):
+        flags = lucky[first : first + len(drafted)]
+        kept = flags.index(False) if False in flags else len(drafted)
+        if kept < len(drafted):
+            recover.append((len(results), first + kept, start + kept))
+        results.append((kept, said[start + kept]))
+        first += len(drafted)
+    if recover:
+        _recover(results, recover, p, q, params)
     return results
 
 
-def _verify_one(scaled: torch.Tensor, params: RowParams, drafted: list[int], q_scaled: torch.Tensor) -> tuple[int, int]:
-    if float(params.temperature[0]) == 0:
-        return verify_gumbel(scaled, params, [drafted])[0]
-    last = len(drafted)
-    if not drafted:
-        return 0, int(draw(scaled, params)[0])
-    p = torch.softmax(scaled[:last].double(), dim=-1)
-    q = torch.softmax(q_scaled.double(), dim=-1)
-    column = torch.tensor(drafted)[:, None]
-    ratio = (p.gather(1, column) / q.gather(1, column)).squeeze(1)
-    lucky = uniform(params.seeds[:last], params.positions[:last], Purpose.ACCEPT) < ratio
-    kept = int(lucky.long().cumprod(0).sum())
-    if kept == last:
-        return kept, int(draw(scaled[last:], params.rows(torch.tensor([last])))[0])
-    residual = (p[kept] - q[kept]).clamp_min(0)
+def _kept(p: torch.Tensor, q: torch.Tensor, params: RowParams, drafts: list[list[int]], said: list[int]) -> list[bool]:
+    """Say of each drafted token whether it passes, looked at alone."""
+    tokens = torch.tensor([token for drafted in drafts for token in drafted])
+    ratio = (p.gather(1, tokens[:, None]) / q.gather(1, tokens[:, None])).squeeze(1)
+    lucky = uniform(params.seeds, params.positions, Purpose.ACCEPT) < ratio
+    return torch.where(params.temperature > 0, lucky, tokens == torch.tensor(said)).tolist()
+
+
+def _recover(
+    results: list[tuple[int, int]], recover: list[tuple[int, int, int]], p: torch.Tensor, q: torch.Tensor,
+    params: RowParams,
+) -> None:  # fmt: skip
+    """Replace the tokens at first rejections by draws from the residual; greedy ones stay."""
+    of_p, of_scaled = torch.tensor([item[1] for item in recover]), torch.tensor([item[2] for item in recover])
+    residual = (p[of_p] - q[of_p]).clamp_min(0)
     # p == q leaves nothing over; rounding alone can then reject, and any token of p is exact.
-    law = residual if float(residual.sum()) > 0 else p[kept]
-    return kept, int(draw(torch.log(law)[None].float(), params.rows(torch.tensor([kept])), Purpose.RECOVER)[0])
+    law = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p[of_p])
+    rows = params.rows(of_scaled)
+    drawn = draw(torch.log(law).float(), rows, Purpose.RECOVER).tolist()
+    for (request, _, _), token, temperature in zip(recover, drawn, rows.temperature.tolist(), strict=True):
+        if temperature > 0:
+            results[request] = (results[request][0], token)

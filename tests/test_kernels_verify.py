@@ -123,27 +123,23 @@ def test_maximal_acceptance_is_the_overlap():
     assert abs(share - overlap) < 4 * math.sqrt(overlap * (1 - overlap) / N)
 
 
-def _always_accept(scaled, params, drafted, q_scaled):
+def _always_accept(p, q, params, drafts, said):
     """A wrong rule: every drafted token is kept."""
-    return len(drafted), int(draw(scaled[-1:], params.rows(torch.tensor([len(drafted)])))[0])
+    return [True] * sum(map(len, drafts))
 
 
-def _recover_from_target(scaled, params, drafted, q_scaled):
+def _recover_from_target(results, recover, p, q, params):
     """A wrong rule: after a rejection the whole law is drawn from instead of the residual."""
-    kept, token = REAL(scaled, params, drafted, q_scaled)
-    if kept < len(drafted):
-        index = torch.tensor([kept])
-        token = int(draw(scaled[index], params.rows(index), Purpose.RECOVER)[0])
-    return kept, token
+    REAL_RECOVER(results, recover, p, torch.zeros_like(q), params)
 
 
-REAL = verify._verify_one
+REAL_RECOVER = verify._recover
 
 
-@pytest.mark.parametrize("wrong", [_always_accept, _recover_from_target])
-def test_the_test_can_fail(monkeypatch, wrong):
+@pytest.mark.parametrize(("part", "wrong"), [("_kept", _always_accept), ("_recover", _recover_from_target)])
+def test_the_test_can_fail(monkeypatch, part, wrong):
     """Two classical mistakes in the rule fail the same chi-square test by far."""
-    monkeypatch.setattr(verify, "_verify_one", wrong)
+    monkeypatch.setattr(verify, part, wrong)
     emitted = _emit("maximal", "different", CASES[0], 2, N)
     assert _p_value(emitted, "different", CASES[0], 0) < 1e-6
 

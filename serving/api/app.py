@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -67,8 +68,6 @@ def create_app(settings: Settings, pair: Pair) -> FastAPI:
     @app.get("/debug/engine")
     async def debug_engine() -> JSONResponse:
         """Show the engine's counters as they came last."""
-        import msgspec
-
         return JSONResponse(msgspec.to_builtins(client.snapshot) if client.snapshot else None)
 
     return app

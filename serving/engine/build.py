@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from sqlalchemy import Engine as Database
 
@@ -75,7 +76,7 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
     if hotswap is not None and proposer is not None:
         hotswap.start()
         proposer.runner.use(hotswap.model)
-    Facts(database).put(PAIR, _as_dict(pair))
+    Facts(database).put(PAIR, msgspec.to_builtins(pair))
     return Built(engine, publisher, hotswap)
 
 
@@ -132,9 +133,3 @@ def _check_lengths(settings: Settings, positions: int) -> None:
             f"engine.kv_tokens = {engine.kv_tokens}: one request of engine.max_model_len needs {needed} cached tokens; "
             "raise kv_tokens or lower max_model_len"
         )
-
-
-def _as_dict(pair: Pair) -> dict[str, object]:
-    import msgspec
-
-    return dict(msgspec.to_builtins(pair))

@@ -6,6 +6,7 @@ requests run the socket is only polled; while none run the loop sleeps on it.
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -31,7 +32,8 @@ class EngineServer:
     """Serve one engine to API processes.
 
     Args:
-        kv_capacity: tokens one request may hold, prompt and answer together.
+        max_model_len: tokens one request may hold, prompt and answer together.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -146,7 +148,11 @@ class EngineServer:
             )
 
     def _send(self, peer: bytes, message: ipc.ToApi) -> None:
-        self._socket.send_multipart([peer, ipc.encode(message)], zmq.NOBLOCK)
+        """Send without waiting; an API process that reads nothing at all loses messages, not the engine."""
+        try:
+            self._socket.send_multipart([peer, ipc.encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            log.warning("api_does_not_read", message=type(message).__name__)
 
     def _send_snapshot(self) -> None:
         now = self._clock()
@@ -185,8 +191,6 @@ class EngineServer:
         if len(swaps) == self._swaps_written:
             return
         self._swaps_written = len(swaps)
-        import threading
-
         rows = [
             {"version": s.version, "replaced": s.replaced, "generation": s.generation, "pause_ms": s.pause_ms,
              "at_s": s.at_s} for s in swaps

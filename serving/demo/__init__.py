@@ -1,0 +1,1 @@
+"""The demonstration: traffic changes, a draft is trained, gated, swapped in and rolled back, and measured."""
