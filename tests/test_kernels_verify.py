@@ -107,7 +107,7 @@ def test_gumbel_emits_the_targets_law(kind, case):
 )  # fmt: skip
 def test_maximal_emits_the_targets_law(kind, case):
     """First tokens of 50,000 rounds, and second ones of the rounds that got there, follow the target's law."""
-    emitted = _emit("maximal", kind, case, 2, N)
+    emitted = _emit("maximal", kind, case, 3, N)
     assert _p_value(emitted, kind, case, 0) > P_BOUND
     if sum(len(tokens) > 1 for tokens in emitted) > 5000:
         assert _p_value(emitted, kind, case, 1) > P_BOUND
@@ -140,7 +140,7 @@ REAL_RECOVER = verify._recover
 def test_the_test_can_fail(monkeypatch, part, wrong):
     """Two classical mistakes in the rule fail the same chi-square test by far."""
     monkeypatch.setattr(verify, part, wrong)
-    emitted = _emit("maximal", "different", CASES[0], 2, N)
+    emitted = _emit("maximal", "different", CASES[0], 3, N)
     assert _p_value(emitted, "different", CASES[0], 0) < 1e-6
 
 

@@ -65,8 +65,10 @@ def write_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def write_target(folder: Path, *, seed: int = 0, spread: float = 0.3, layers: int = LAYERS) -> LlamaForCausalLM:
-    """Write a random target with its tokenizer; return the model."""
+def write_target(
+    folder: Path, *, seed: int = 0, spread: float = 0.3, layers: int = LAYERS, brevity: float = 1.0
+) -> LlamaForCausalLM:
+    """Write a random target with its tokenizer; return the model.  More `brevity` ends turns sooner."""
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
     vocab = len(SPECIAL) + len(_byte_symbols()) + len(MERGES)
@@ -76,6 +78,7 @@ def write_target(folder: Path, *, seed: int = 0, spread: float = 0.3, layers: in
         bos_token_id=1, eos_token_id=END, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    model.model.embed_tokens.weight[END] *= brevity
     for layer in model.model.layers[1:-1]:  # what a draft leaves out matters little, as in trained models
         layer.self_attn.o_proj.weight *= 0.3
         layer.mlp.down_proj.weight *= 0.3

@@ -70,25 +70,23 @@ class EngineClient:
             raise ApiError(503, "the engine is not ready; try again later", code="engine_unavailable")
         queue: asyncio.Queue[_Message] = asyncio.Queue()
         self._queues[submit.request_id] = queue
-        finished = False
+        finished, delivered = False, 0
         try:
             await self._send(submit)
             while not finished:
                 message = await queue.get()
                 if message is None:
-                    finished = True
-                    raise ApiError(
-                        503, "the engine restarted while this request ran; send it again", code="engine_lost"
-                    )
+                    raise ApiError(503, "the engine went away while this request ran; send it again", code="engine_lost")
                 if isinstance(message, ipc.Refused):
                     finished = True
                     raise ApiError(message.status, message.message)
                 finished = message.finish_reason is not None
+                delivered += len(message.token_ids)
                 yield message
         finally:
             self._queues.pop(submit.request_id, None)
             if not finished:
-                await self.end(submit.request_id, 0)
+                await self.end(submit.request_id, delivered)
 
     async def end(self, request_id: str, delivered_tokens: int, *, stopped: bool = False) -> None:
         """Stop a request in the engine: the client left, or its stop string was found."""
@@ -112,11 +110,16 @@ class EngineClient:
         before, self.snapshot = self.snapshot, snapshot
         if before is not None and before.engine_id != snapshot.engine_id:
             log.warning("engine_restarted", lost_requests=len(self._queues))
-            for queue in self._queues.values():
-                queue.put_nowait(None)
+            self._lose_all()
+
+    def _lose_all(self) -> None:
+        for queue in self._queues.values():
+            queue.put_nowait(None)
 
     async def _greet(self) -> None:
         while True:
             if time.monotonic() - self._heard_s > _HELLO_AFTER_S:
                 await self._send(ipc.Hello(name=self._name))
+            if self._queues and not self.alive:
+                self._lose_all()
             await asyncio.sleep(0.5)

@@ -62,6 +62,11 @@ def _off_is_zero(value: object) -> object:
     return 0 if value == -1 else value
 
 
+def _same(value: object, neutral: object) -> bool:
+    """Compare without taking 0 for False: `logprobs: 0` asks for something, `logprobs: false` does not."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
 class Generation(_Strict):
     """Fields shared by chat and plain completions."""
 
@@ -88,7 +93,7 @@ class Generation(_Strict):
         return {
             name: value
             for name, value in data.items()
-            if value is not None and not (name in NEUTRAL and any(value == neutral for neutral in NEUTRAL[name]))
+            if value is not None and not (name in NEUTRAL and any(_same(value, neutral) for neutral in NEUTRAL[name]))
         }
 
     @model_validator(mode="after")

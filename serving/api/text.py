@@ -128,10 +128,11 @@ class AnswerText:
         return self._release(final=True)
 
     def _release(self, *, final: bool) -> str:
-        found = [index for index in (self._held.find(stop) for stop in self._stops) if index >= 0]
-        if found:
+        places = [(self._held.find(stop), stop) for stop in self._stops]
+        found = [(index + len(stop), index) for index, stop in places if index >= 0]
+        if found:  # the one that is complete first wins, however the text was cut into tokens
             self.stopped = True
-            return self._held[: min(found)]
+            return self._held[: min(found)[1]]
         keep = 0 if final else max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         out, self._held = self._held[:cut], self._held[cut:]

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Exactness:
 
     def as_dict(self) -> dict[str, int]:
         """Return the totals under their names in the report."""
-        return {name: getattr(self, name) for name in ("prompts", "tokens", "differing_tokens", "ties")}
+        return asdict(self)
 
 
 def sampled_asks(prompts: Sequence[str]) -> list[Ask]:
@@ -72,7 +73,7 @@ def differing_tokens(tokenizer: Tokenizer, one: str, other: str) -> int:
     if one == other:
         return 0
     pairs = zip_longest(*(tokenizer.encode(text, add_special_tokens=False).ids for text in (one, other)))
-    return max(1, sum(a != b for a, b in pairs))
+    return max(1, sum(1 for a, b in pairs if a != b))
 
 
 def first_lead(decode: Callable[[list[int]], str], reference: dict[str, Any], text: str) -> float | None:
@@ -130,8 +131,9 @@ async def ask_reference(
         ],
     }
     pipe = asyncio.subprocess.PIPE
+    env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # as in serving.roles: spinning threads starve their peers
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "serving.demo.reference", stdin=pipe, stdout=pipe, stderr=pipe
+        sys.executable, "-m", "serving.demo.reference", stdin=pipe, stdout=pipe, stderr=pipe, env=env
     )
     try:
         out, err = await asyncio.wait_for(process.communicate(json.dumps(job).encode()), timeout_s)

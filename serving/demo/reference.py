@@ -82,9 +82,9 @@ def _answer(tokenizer: Any, tokens: list[int], leads: list[float]) -> dict[str, 
     return {"token_ids": tokens, "leads": leads, "text": tokenizer.decode(tokens, skip_special_tokens=True)}
 
 
-@torch.inference_mode()
 def main() -> int:
     """Answer what stdin asks for."""
+    torch.set_grad_enabled(False)
     transformers_logging.disable_progress_bar()
     job = json.load(sys.stdin)
     tokenizer = AutoTokenizer.from_pretrained(job["target_path"])

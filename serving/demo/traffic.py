@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 MAX_TOKENS = 48
+_AFTER_FAILURE_S = 0.5
 _SAMPLED_EVERY = 4  # every fourth request samples at temperature 0.7, the others are greedy
 
 
@@ -123,7 +124,10 @@ class Traffic:
 
         async def client() -> None:
             while go_on():
-                replies.append(await self.ask(self._vary(next_prompt(), speculate)))
+                reply = await self.ask(self._vary(next_prompt(), speculate))
+                replies.append(reply)
+                if reply.failed:
+                    await asyncio.sleep(_AFTER_FAILURE_S)
 
         await asyncio.gather(*(client() for _ in range(concurrency)))
         return replies

@@ -72,6 +72,11 @@ class KVPool:
         self.keys = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
 
+    def scrub(self) -> None:
+        """Replace what is not finite, which a broken draft may have left, by zeros."""
+        for tensor in (*self.keys, *self.values):
+            tensor.nan_to_num_(0.0, 0.0, 0.0)
+
     @staticmethod
     def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
         """Return what one token costs over all layers."""

@@ -60,7 +60,8 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
     if pair.draft_kind != "none":
         draft = _load_draft(pair, target)
         draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings))
-        proposer = DraftProposer(draft_runner, keep_laws=settings.engine.coupling == "maximal")
+        keep_laws = settings.engine.coupling == "maximal"
+        proposer = DraftProposer(draft_runner, keep_laws=keep_laws, vocab=target.config.vocab_size)
         hotswap = _hotswap(settings, pair, registry, draft_runner, draft)
     publisher = StreamPublisher(
         settings.redis, queue_entries=settings.log.queue_entries, max_entries=settings.log.stream_max_entries,
@@ -93,13 +94,14 @@ def _load_draft(pair: Pair, target: Any) -> Any:
 
 def _hotswap(settings: Settings, pair: Pair, registry: Registry, runner: ModelRunner, draft: Any) -> HotSwap:
     vocab = runner.model.config.vocab_size
+    # A cache of its own: what a broken candidate writes must not reach the draft in force.
+    probe = ModelRunner(runner.model, _pool(draft, 1, settings))
 
     def check(model: Any) -> None:
-        # Block 0 belongs to nobody, so this forward cannot disturb a running request.
         tokens = [i * 7919 % vocab for i in range(settings.engine.block_tokens)]
         if model.config._attn_implementation != attention.IMPLEMENTATION:
             model.set_attn_implementation(attention.IMPLEMENTATION)
-        check_finite(runner.forward([Work([0], 0, tokens, 1)], model=model))
+        check_finite(probe.forward([Work([0], 0, tokens, 1)], model=model))
 
     slots = DraftSlots(draft, pair, settings.engine.max_lora_norm_ratio, finish=_pack_again)
     return HotSwap(registry, slots, settings.artifacts_dir, poll_s=settings.engine.swap_poll_s, check=check)
@@ -128,6 +130,8 @@ def _check_lengths(settings: Settings, positions: int) -> None:
         raise SettingsError(
             f"engine.max_model_len = {engine.max_model_len}: the target was trained for {positions} positions"
         )
+    if engine.gamma > engine.gamma_max:
+        raise SettingsError(f"engine.gamma = {engine.gamma} is more than engine.gamma_max = {engine.gamma_max}")
     if engine.kv_tokens < needed:
         raise SettingsError(
             f"engine.kv_tokens = {engine.kv_tokens}: one request of engine.max_model_len needs {needed} cached tokens; "

@@ -110,7 +110,7 @@ class Engine:
     def _follow_registry(self) -> None:
         receipt = self.hotswap.poll() if self.hotswap else None
         if receipt is not None and self.proposer is not None and self.hotswap is not None:
-            self.proposer.runner.use(self.hotswap.model)
+            self.proposer.use(self.hotswap.model)
             self.stats.swapped(receipt)
 
     def _propose(self, ready: list[Sequence]) -> list[Proposal]:

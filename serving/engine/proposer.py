@@ -5,7 +5,9 @@ The interface is `propose(requests, gammas)`; other ways to draft can stand behi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -30,12 +32,26 @@ class Proposal:
 
 
 class DraftProposer:
-    """Propose with a draft model on its own KV pool."""
+    """Propose with a draft model on its own KV pool.
 
-    def __init__(self, runner: ModelRunner, *, keep_laws: bool) -> None:
+    Args:
+        keep_laws: keep the law each token was drawn from; the maximal coupling needs it.
+        vocab: width of the target's logits; models of one tokenizer may pad theirs differently.
+    """
+
+    def __init__(self, runner: ModelRunner, *, keep_laws: bool, vocab: int) -> None:
         self.runner = runner
+        self._vocab = vocab
         self._keep_laws = keep_laws
         self._purpose = Purpose.DRAFT if keep_laws else Purpose.SAMPLE
+        self._poisoned = False
+
+    def use(self, model: Any) -> None:
+        """Draft with another model from now on; running requests keep their cache."""
+        if self._poisoned:  # a masked NaN is still a NaN: left there it would spoil every later draft
+            self.runner.pool.scrub()
+            self._poisoned = False
+        self.runner.use(model)
 
     @torch.inference_mode()
     def propose(self, requests: list[Sequence], gammas: list[int]) -> list[Proposal]:
@@ -44,7 +60,7 @@ class DraftProposer:
         active = [i for i, gamma in enumerate(gammas) if gamma > 0]
         work = [self._catch_up(requests[i]) for i in active]
         while active:
-            logits = self.runner.forward(work)
+            logits = self._fit(self.runner.forward(work))
             self._draw(logits, requests, proposals, active)
             active = [i for i in active if len(proposals[i].tokens) < gammas[i]]
             work = [
@@ -57,6 +73,11 @@ class DraftProposer:
                 for i in active
             ]
         return proposals
+
+    def _fit(self, logits: torch.Tensor) -> torch.Tensor:
+        """Cut or pad to the target's width: a token the target does not have must never be proposed."""
+        wide = logits[:, : self._vocab]
+        return torch.nn.functional.pad(wide, (0, self._vocab - wide.shape[1]), value=-torch.inf)
 
     def _catch_up(self, request: Sequence) -> Work:
         missing = request.tokens[request.num_draft_kv :]
@@ -72,6 +93,7 @@ class DraftProposer:
         scaled = shape_logits(logits, params)
         drawn = draw(scaled, params, self._purpose)
         logprobs = logits.gather(1, drawn[:, None]).squeeze(1) - torch.logsumexp(logits, dim=-1)
+        self._poisoned = self._poisoned or not math.isfinite(float(logprobs.sum()))
         for row, (i, token, logprob) in enumerate(zip(active, drawn.tolist(), logprobs.tolist(), strict=True)):
             proposals[i].tokens.append(token)
             proposals[i].logprobs.append(logprob)

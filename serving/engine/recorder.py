@@ -133,6 +133,8 @@ class Recorder:
         if not entry.count:
             entry.first = first
         if proposal.tokens and (not entry.versions or entry.versions[-1].version != version):
+            if entry.versions and entry.versions[-1].start == first:
+                entry.versions.pop()  # carried over from the last flush, and drafted nothing since
             entry.versions.append(VersionSpan(first, version))
         for j in range(num_kept):
             drafted = j < len(proposal.tokens)

@@ -181,16 +181,16 @@ class EngineServer:
             prompt_tokens=stats.prompt_tokens, generated_tokens=stats.generated_tokens,
             finished_by_reason=dict(stats.finished_by_reason), log_offered=log_stats.offered,
             log_written=log_stats.written, log_dropped=log_stats.dropped, log_connected=log_stats.connected,
-            swaps=len(stats.swaps), last_swap_version=swap.last.version if swap and swap.last else None,
+            swaps=stats.num_swaps, last_swap_version=swap.last.version if swap and swap.last else None,
             last_swap_pause_ms=swap.last.pause_ms if swap and swap.last else None,
         )  # fmt: skip
 
     def _publish_swaps(self) -> None:
         """Leave the last swaps where the CLI and the dashboard find them, from a thread of its own."""
         swaps = self.engine.stats.swaps
-        if len(swaps) == self._swaps_written:
+        if self.engine.stats.num_swaps == self._swaps_written:
             return
-        self._swaps_written = len(swaps)
+        self._swaps_written = self.engine.stats.num_swaps
         rows = [
             {"version": s.version, "replaced": s.replaced, "generation": s.generation, "pause_ms": s.pause_ms,
              "at_s": s.at_s} for s in swaps

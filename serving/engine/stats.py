@@ -27,7 +27,8 @@ class EngineStats:
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.finished_by_reason: Counter[str] = Counter()
-        self.swaps: list[SwapReceipt] = []
+        self.num_swaps = 0
+        self.swaps: list[SwapReceipt] = []  # the last hundred
         self._recent_s: deque[float] = deque(maxlen=_RECENT)
 
     def step(self, plans: list[Plan], seconds: float) -> None:
@@ -55,6 +56,7 @@ class EngineStats:
 
     def swapped(self, receipt: SwapReceipt) -> None:
         """Remember a swap."""
+        self.num_swaps += 1
         self.swaps = [*self.swaps[-99:], receipt]
 
     @property
