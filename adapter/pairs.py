@@ -155,12 +155,13 @@ def find_draft(
         folder = Path(choice)
     if (folder / DRAFT_MANIFEST).exists():
         return "pruned", folder, _check_pruned(folder, target_fingerprint)
+    fingerprint = model_fingerprint(folder)  # first: a folder without a model has no token map either
     if token_map_hash(folder) != token_map_hash(target_path):
         raise SettingsError(
             f"draft {folder} and target {target_path} map tokens to ids differently; a draft must share the target's "
             "tokenizer exactly"
         )
-    return "model", folder, model_fingerprint(folder)
+    return "model", folder, fingerprint
 
 
 def load_draft_manifest(folder: Path) -> DraftManifest:

@@ -25,13 +25,14 @@ from adapter.database import migrate, open_database
 from adapter.models import load_target, prepare_pair
 from adapter.settings import load_settings
 from bench.environment import environment
-from serving.demo.prompts import general_prompts
+from serving.demo.prompts import conversation
 from serving.engine.build import build_engine
 from serving.engine.engine import Engine
 from serving.engine.sequence import Sequence
 
 GAMMAS = (0, 1, 2, 3, 5)
 BATCHES = (1, 4, 8)
+SEED = 20261122
 
 
 def decode(engine: Engine, prompts: list[list[int]], gamma: int, num_tokens: int) -> tuple[float, Counts]:
@@ -70,7 +71,7 @@ def run(dtype: str, repeats: int, num_tokens: int) -> dict[str, Any]:
         pair = prepare_pair(settings)
         engine = build_engine(settings, pair, database).engine
         tokenizer = AutoTokenizer.from_pretrained(pair.target_path)
-        chats = [[{"role": "user", "content": text}] for text in general_prompts()[: max(BATCHES)]]
+        chats = [[{"role": "user", "content": text}] for text in conversation(SEED).prompts[: max(BATCHES)]]
         prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True)["input_ids"] for c in chats]
         library = load_target(pair)
         counted: dict[str, Counts] = {}

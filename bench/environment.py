@@ -35,5 +35,7 @@ def _memory_gib() -> float:
 
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or None

@@ -27,7 +27,7 @@ Target = Annotated[str, typer.Option("--target", help="Hugging Face name or path
 Work = Annotated[
     Path | None, typer.Option("--work", help="Folder of text and checkpoints; an interrupted run continues from it.")
 ]
-Layers = Annotated[int, typer.Option("--layers", min=2, help="Layers of the draft: the target's first ones and its last.")]
+Layers = Annotated[int, typer.Option("--layers", min=2, help="Layers kept: the target's first ones and its last.")]
 Shards = Annotated[int, typer.Option("--shards", min=2, help="Files of self-written chats; the last one is held out.")]
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Chats of a shard.")]
 Length = Annotated[int, typer.Option("--length", min=32, help="Tokens of a chat.")]

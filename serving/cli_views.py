@@ -33,7 +33,8 @@ def supervise(settings: Settings, names: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: supervisor.stop())
     supervisor.start()
-    console.print(f"starting {', '.join(names)} in {settings.data_dir} (logs in {settings.logs_dir})", highlight=False)
+    words = f"starting {', '.join(names)} in {settings.data_dir} (logs in {settings.logs_dir})"
+    console.print(words, highlight=False, soft_wrap=True)
     announcement = _Announcement(settings, with_dashboard="watcher" in names)
     supervisor.run(on_tick=announcement.look)
     console.print("stopped")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ _GRACE_S = {"api": 6.0, "engine": 5.0, "worker": 8.0, "watcher": 4.0, "valkey": 
 _SLOWEST_RESTART_S = 10.0
 _HEALTHY_AFTER_S = 20.0
 _TICK_S = 0.1
+_REASON = re.compile(r' (?:reason|error)="((?:[^"\\]|\\.)*)"')
 
 
 class DataDirInUse(DraftsmithError):
@@ -41,7 +43,7 @@ class DataDirInUse(DraftsmithError):
 
 
 class RoleCannotStart(DraftsmithError):
-    """Raised when a role's settings cannot work; the message is the end of its log."""
+    """Raised when a role's settings cannot work; the message is what it logged last."""
 
 
 @dataclass(slots=True)
@@ -152,7 +154,7 @@ class Supervisor:
                 item.failures = 0
             return
         if code == _CANNOT_WORK and item.role.name != "valkey":
-            self.failure = f"{item.role.name} cannot start:\n{self._log_tail(item.role.name)}"
+            self.failure = f"{item.role.name} cannot start: {self._last_words(item.role.name)}"
             self.stop()
             return
         item.failures += 1
@@ -161,10 +163,12 @@ class Supervisor:
         log.warning("role_died", role=item.role.name, exit_code=code, restart_in_s=round(item.next_start_s - now, 2))
         self._write_table()
 
-    def _log_tail(self, name: str) -> str:
+    def _last_words(self, name: str) -> str:
+        """Return the reason in the last line a role logged, or that line."""
         path = self._settings.logs_dir / f"{name}.log"
-        lines = path.read_text(errors="replace").strip().splitlines()
-        return "\n".join(lines[-3:])
+        line = (path.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        found = _REASON.search(line)
+        return found[1].replace('\\"', '"').replace("\\n", "\n") if found else line
 
     def _write_table(self) -> None:
         write_roles(

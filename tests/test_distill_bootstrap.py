@@ -136,7 +136,7 @@ def test_an_untied_head_is_shared_too(tmp_path):
 
 
 def test_the_command_makes_a_draft(target, tmp_path, capfd, monkeypatch):
-    """`draftsmith bootstrap` with its flags writes the draft and says how to serve it; its default work folder is used."""
+    """`draftsmith bootstrap` writes the draft and says how to serve it; the default work folder is in the cache."""
     monkeypatch.setenv("DRAFTSMITH_CACHE_DIR", str(tmp_path / "cache"))
     assert run(["--target", str(target), "--out", str(tmp_path / "out"), *FLAGS]) == 0
     assert load_draft_manifest(tmp_path / "out").recipe["seed"] == 3
@@ -148,10 +148,7 @@ def test_the_command_makes_a_draft(target, tmp_path, capfd, monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [
-        (["--layers", "9"], "layers = 9"),
-        (["--target", "no/such/model/anywhere"], "neither a folder here"),
-    ],
+    [(["--layers", "9"], "layers = 9"), (["--target", "no/such/model/anywhere"], "neither a folder here")],
 )
 def test_mistakes_are_one_line_and_status_2(target, tmp_path, capfd, monkeypatch, flags, message):
     """What cannot work ends with one line that says what is wrong."""

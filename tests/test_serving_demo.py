@@ -259,7 +259,7 @@ def sample() -> dict[str, Any]:
         "target": "t", "draft": "d", "exact": {"prompts": 16, "tokens": 700, "differing_tokens": 0, "ties": 1},
         "acceptance": {"before_shift": one, "at_shift": two, "after_adaptation": one, "after_rollback": two},
         "tokens_per_second": {"no_speculation": 40.0, "before_shift": 50.0, "at_shift": 38.0, "after_adaptation": 55.0},
-        "swap_pause_ms": 0.004, "median_step_ms": 80.0, "rollback_s": 0.4,
+        "swap_pause_ms": 0.004, "median_step_ms": 80.0, "rollback_s": 0.4, "rollback_swap_s": 0.1,
         "requests": {"sent": 400, "failed": 0, "truncated": 0}, "log": {"entries": 800, "dropped": 0},
         "training": {"seconds": 130.0, "blocks": 200, "gate": {"verdict": "Passed: acceptance 0.12 → 0.31."}},
         "marks": {"shift": 160.0, "promotion": 420.0, "rollback": 500.0},

@@ -89,9 +89,7 @@ def greedy(models, ids) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def sampled(models, ids) -> list[list[int]]:
     """What sampling by the definition says, each prompt with its own parameters."""
-    return [
-        plain(models[0], prompt, N, Sampling(**sampling)) for prompt, sampling in zip(ids, SAMPLINGS, strict=True)
-    ]
+    return [plain(models[0], prompt, N, Sampling(**sampling)) for prompt, sampling in zip(ids, SAMPLINGS, strict=True)]
 
 
 def _mixed(ids: list[list[int]], gamma: int | None) -> list[Any]:
@@ -209,9 +207,10 @@ def test_a_broken_draft_leaves_nothing_behind(rig_for, ids):
 
 def test_without_a_draft(folder, tmp_path, ids, greedy):
     """`--draft none` decodes plainly, and says that nothing was drafted."""
+    from tiny_pair import pair_settings
+
     from adapter.database import migrate, open_database
     from adapter.models import prepare_pair
-    from tiny_pair import pair_settings
 
     settings = pair_settings(folder, tmp_path, draft="none")
     database = open_database(settings.database)

@@ -24,9 +24,9 @@ from adapter.pairs import DRAFT_MANIFEST, DRAFT_TENSORS, DraftManifest, model_fi
 SMALL = "abcdefghijklmnopqrstuvwxyz"
 CAPITAL = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SMALL_AXIS, _CAPITAL_AXIS = 0, 1
-_DEPTH = 2.0  # how far a token lies along its dialect's direction
-_NOISE = 0.05
-_BLOW = 1.0
+_DEPTH = 8.0  # how far a token lies along its dialect's direction: a layer cannot outweigh it
+_NOISE = 0.03
+_BLOW = 0.3
 
 
 def write_dialects(folder: Path) -> tuple[Path, Path]:

@@ -76,7 +76,9 @@ class EngineClient:
             while not finished:
                 message = await queue.get()
                 if message is None:
-                    raise ApiError(503, "the engine went away while this request ran; send it again", code="engine_lost")
+                    raise ApiError(
+                        503, "the engine went away while this request ran; send it again", code="engine_lost"
+                    )
                 if isinstance(message, ipc.Refused):
                     finished = True
                     raise ApiError(message.status, message.message)

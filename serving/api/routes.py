@@ -7,9 +7,9 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -18,6 +18,7 @@ from serving.api.errors import ApiError
 from serving.api.generation import Answer, Generator, Piece
 from serving.api.schema import ChatRequest, CompletionRequest, Generation
 
+_T = TypeVar("_T")
 router = APIRouter()
 
 SEGMENT_HEADER = "x-draftsmith-segment"
@@ -62,11 +63,11 @@ async def _answer(
     pieces = generator.pieces(submit, body.stop, answer)
     headers = {"X-Request-Id": form.request_id}
     if body.stream:
-        first = await _first(pieces)
+        first = await _unless_gone(_first(pieces), request)
         usage = bool(body.stream_options and body.stream_options.include_usage)
         events = _events(form, first, pieces, answer, usage)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-    text, reason = await _collect(pieces, request)
+    text, reason = await _unless_gone(_collect(pieces), request)
     return JSONResponse(form.whole(text, reason, answer), headers=headers)
 
 
@@ -77,11 +78,6 @@ def _segment(request: Request) -> str:
             400, f"header {SEGMENT_HEADER} is {value!r:.80}; use 1 to 64 of A-Z a-z 0-9 _ . : -", param=SEGMENT_HEADER
         )
     return value
-
-
-async def _first(pieces: AsyncGenerator[Piece, None]) -> Piece | None:
-    """Read the first piece before the response begins, so that a refusal still has its own status."""
-    return await anext(pieces, None)
 
 
 async def _events(
@@ -105,29 +101,35 @@ def _event(body: dict[str, Any] | None) -> str:
     return "" if body is None else f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-async def _collect(pieces: AsyncGenerator[Piece, None], request: Request) -> tuple[str, str | None]:
-    """Read a whole answer; give up when the client leaves, which frees its slot."""
+async def _collect(pieces: AsyncIterator[Piece]) -> tuple[str, str | None]:
+    """Read a whole answer."""
+    parts: list[str] = []
+    reason = None
+    async with aclosing(pieces):  # type: ignore[type-var]
+        async for piece in pieces:
+            parts.append(piece.text)
+            reason = piece.finish_reason
+    return "".join(parts), reason
 
-    async def read() -> tuple[str, str | None]:
-        parts: list[str] = []
-        reason = None
-        async with aclosing(pieces):
-            async for piece in pieces:
-                parts.append(piece.text)
-                reason = piece.finish_reason
-        return "".join(parts), reason
 
-    reading = asyncio.create_task(read())
+async def _first(pieces: AsyncIterator[Piece]) -> Piece | None:
+    """Read the first piece before the response begins, so that a refusal still has its own status."""
+    return await anext(pieces, None)
+
+
+async def _unless_gone(work: Coroutine[Any, Any, _T], request: Request) -> _T:
+    """Do `work`, but give up when the client leaves, which frees its place in the engine."""
+    working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not reading.done():
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             raise ApiError(499, "the client closed the connection")
-        return reading.result()
+        return working.result()
     finally:
-        for task in (reading, leaving):
+        for task in (working, leaving):
             task.cancel()
-        await asyncio.gather(reading, leaving, return_exceptions=True)
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

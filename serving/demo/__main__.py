@@ -96,6 +96,7 @@ def empty_result() -> dict[str, Any]:
         "acceptance": dict.fromkeys(("before_shift", "at_shift", "after_adaptation", "after_rollback")),
         "tokens_per_second": dict.fromkeys(("no_speculation", "before_shift", "at_shift", "after_adaptation")),
         "swap_pause_ms": None, "median_step_ms": None, "rollback_s": None,
+        "rollback_swap_s": None,
         "requests": {"sent": 0, "failed": 0, "truncated": 0}, "log": None, "training": None,
         "marks": {}, "timeline": None, "failed": None, "settings": {}, **surroundings(), "wall_seconds": None,
     }  # fmt: skip

@@ -56,7 +56,7 @@ def _perturbed(logits: torch.Tensor, position: int, how: dict[str, Any]) -> torc
     params = RowParams(
         temperature=torch.tensor([how["temperature"]], dtype=torch.float32),
         top_p=torch.tensor([how["top_p"]], dtype=torch.float32),
-        top_k=torch.zeros(1, dtype=torch.long),
+        top_k=torch.tensor([how.get("top_k", 0)], dtype=torch.long),
         seeds=torch.tensor([(how["seed"] ^ _SIGN_BIT) - _SIGN_BIT], dtype=torch.long),
         positions=torch.tensor([position], dtype=torch.long),
     )

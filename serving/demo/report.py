@@ -18,7 +18,7 @@ from adapter.pairs import Pair, load_draft_manifest
 
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _ROWS = 8
-_BAR = 40
+_BAR = 22
 _MARKS = {"shift": ("S", "yellow"), "promotion": ("P", "green"), "rollback": ("R", "red")}
 _PHASES = (
     ("before_shift", "before the shift"), ("at_shift", "after the shift"), ("after_adaptation", "with the new version"),
@@ -108,7 +108,9 @@ def sentences(result: dict[str, Any]) -> list[str]:
         step = "" if result["median_step_ms"] is None else f"; a decode step takes {result['median_step_ms']:.0f} ms"
         lines.append(f"Longest pause for a swap: {result['swap_pause_ms']:.3f} ms{step}.")
     if result["rollback_s"] is not None:
-        lines.append(f"Roll back: the old version drafted again after {result['rollback_s']:.2f} s.")
+        swap = result["rollback_swap_s"]
+        first = "" if swap is None else f"drafted again after {swap:.2f} s and "
+        lines.append(f"Roll back: the old version {first}was reported by the API after {result['rollback_s']:.2f} s.")
     requests, log = result["requests"], result["log"]
     lines.append(f"Requests: {requests['sent']} sent, {requests['failed']} failed, {requests['truncated']} truncated.")
     if log is not None:

@@ -190,13 +190,18 @@ class Demo(Session):
         self.progress.begin("roll back", "rolling back while requests run")
         async with self._load(self.second, CLIENTS) as begun:
             await begun.wait()
-            began = time.monotonic()
+            began, called_s = time.monotonic(), self._clock()
             await asyncio.to_thread(self.service.registry.roll_back, actor="demo", reason="demonstration")
             await self._serving(FLOOR_VERSION, ROLL_BACK_S)
             self.result["rollback_s"] = round(time.monotonic() - began, 3)
             self._mark("rollback")
-        self.progress.happened(f"version {FLOOR_VERSION} drafts again after {self.result['rollback_s']:.2f} s")
+        self.progress.happened(
+            f"the API reports version {FLOOR_VERSION} again {self.result['rollback_s']:.2f} s after the call"
+        )
         await self._settle()
+        swap = self._swap_of(FLOOR_VERSION)
+        if swap is not None:  # the API hears of a swap with the engine's next heartbeat
+            self.result["rollback_swap_s"] = round(swap["at_s"] - called_s, 3)
         since = self._boundary_s
         await self._phase("after_rollback", f"{self.second.family.about}, base draft again", self.second,
                           BACK_REQUESTS)  # fmt: skip

@@ -42,6 +42,11 @@ class Scheduler:
         """Blocks nobody holds."""
         return len(self._free)
 
+    @property
+    def free_places(self) -> int:
+        """Requests that may still join the batch, blocks permitting."""
+        return self._max_batch - len(self.running)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a request behind the others."""
         self.waiting.append(sequence)

@@ -106,7 +106,8 @@ class EngineServer:
         if total > self._max_model_len:
             self._refuse(peer, message.request_id, 400, f"{total} tokens do not fit into {self._max_model_len}")
             return
-        if len(self.engine.scheduler.waiting) >= self._max_waiting:
+        scheduler = self.engine.scheduler  # a burst arrives between two steps, before anyone could join
+        if len(scheduler.waiting) >= self._max_waiting + scheduler.free_places:
             text = f"the server is busy: {self._max_waiting} requests wait already; try again later"
             self._refuse(peer, message.request_id, 429, text)
             return

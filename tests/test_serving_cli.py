@@ -1,0 +1,195 @@
+"""The command line on a real registry: what it prints, what it refuses in one line, and with which status."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapter.database import migrate, open_database
+from adapter.facts import PAIR, SERVING, Facts
+from adapter.registry import Registry
+from serving import cli
+
+Ran = tuple[int, str, str]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A deployment's folder: a pair, the base draft, a version that passed its gate and one that did not."""
+    folder = tmp_path / "data"
+    database = open_database(f"sqlite:///{folder / 'draftsmith.db'}")
+    migrate(database)
+    registry = Registry(database)
+    registry.install_base(target_fingerprint="t" * 64, base_fingerprint="b" * 64, actor="engine")
+    for state, verdict in (("ready", "gained 0.05"), ("rejected", "gained nothing")):
+        registry.publish(
+            parent=0, state=state, artifact_sha256="a" * 64, artifact_bytes=1_500_000, trained_on={"requests": 90},
+            gate={"gain": 0.05}, reason=verdict, job_id=None, actor="trainer",
+        )  # fmt: skip
+    Facts(database).put(PAIR, {
+        "target_name": "tiny", "target_path": "/models/tiny", "target_fingerprint": "t" * 64, "dtype": "float32",
+        "draft_kind": "model", "draft_path": "/models/draft", "base_fingerprint": "b" * 64, "lora_shapes": {},
+    })  # fmt: skip
+    Facts(database).put(SERVING, {"url": "http://127.0.0.1:1", "pid": 1})
+    database.dispose()
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Return `run(*arguments) -> (status, stdout, stderr)`; the command runs in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("REDIS_URL", "DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["draftsmith", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+def _assert_refused(ran: Ran, *words: str) -> None:
+    status, out, err = ran
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1, err
+    for word in words:
+        assert word in err
+
+
+# -- drafts ----------------------------------------------------------------------------------
+
+
+def test_list_shows_versions_and_aliases(run, data):
+    """Newest first, with alias, state, parent and verdict; the same as JSON."""
+    status, out, _ = run("drafts", "list", "--data-dir", data, "--json")
+    listed = json.loads(out)
+    assert (status, listed["generation"]) == (0, 1)
+    assert [(d["version"], d["alias"], d["state"]) for d in listed["drafts"]] == [
+        (2, "", "rejected"), (1, "", "ready"), (0, "live floor", "ready"),
+    ]  # fmt: skip
+    table = run("drafts", "list", "--data-dir", data)[1]
+    for word in ("live floor", "rejected", "1.5 MB", "gained 0.05", "trainer"):
+        assert word in table
+
+
+def test_show_has_gate_data_and_artifact(run, data):
+    """One version in full, as text and as JSON."""
+    shown = json.loads(run("drafts", "show", 1, "--data-dir", data, "--json")[1])
+    assert shown["gate"] == {"gain": 0.05}
+    assert shown["trained_on"] == {"requests": 90}
+    assert shown["artifact_sha256"] == "a" * 64
+    assert '"gain": 0.05' in run("drafts", "show", 1, "--data-dir", data)[1]
+
+
+def test_promote_and_roll_back(run, data):
+    """Both say where the aliases point afterwards, and each leaves one audit row with actor and reason (I6)."""
+    status, out, _ = run("drafts", "promote", 1, "--data-dir", data, "--reason", "looks good", "--json")
+    assert (status, json.loads(out)) == (0, {"generation": 2, "live": 1, "previous": 0})
+    aliases = {
+        d["version"]: d["alias"] for d in json.loads(run("drafts", "list", "--data-dir", data, "--json")[1])["drafts"]
+    }
+    assert aliases == {2: "", 1: "live", 0: "previous floor"}
+    status, out, _ = run("drafts", "rollback", "--data-dir", data, "--expected-generation", 2)
+    assert (status, "version 0 is live (generation 3, previous 1)" in out) == (0, True)
+    database = open_database(f"sqlite:///{data / 'draftsmith.db'}")
+    rows = [row for row in Registry(database).audit() if row.verb in ("promote", "roll_back")]
+    database.dispose()
+    assert [(row.verb, row.to_version, row.automatic) for row in rows] == [
+        ("roll_back", 0, False),
+        ("promote", 1, False),
+    ]
+    assert rows[1].reason == "looks good"
+    assert all(row.actor.startswith("cli") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("drafts", "show", 9), ("no draft version 9", "0, 1, 2")),
+        (("drafts", "promote", 9), ("no draft version 9",)),
+        (("drafts", "promote", 0), ("version 0 is live already",)),
+        (("drafts", "promote", 2), ("version 2 is rejected",)),
+        (("drafts", "promote", 1, "--expected-generation", 7), ("generation is 1, you looked at 7",)),
+        (("drafts", "rollback"), ("no earlier version",)),
+    ],
+)
+def test_what_the_registry_refuses_is_one_line(run, data, arguments, words):
+    """Unknown, rejected, already live, out of date, nothing to go back to: one line and status 2."""
+    _assert_refused(run(*arguments, "--data-dir", data), *words)
+
+
+# -- status ----------------------------------------------------------------------------------
+
+
+def test_status_works_while_nothing_runs(run, data):
+    """Everything comes from SQL and files, so it is shown although no process is there."""
+    shown = json.loads(run("status", "--data-dir", data, "--json")[1])
+    assert shown["target_path"] == "/models/tiny"
+    assert (shown["dtype"], shown["draft"]) == ("float32", "/models/draft")
+    assert (shown["live"], shown["previous"], shown["generation"]) == (0, None, 1)
+    assert shown["acceptance"]["value"] is None
+    assert shown["acceptance"]["n"] == 0
+    assert shown["roles"] == {}
+    text = run("status", "--data-dir", data)[1]
+    for words in ("tiny (float32)", "version 0, generation 1", "none firing", "no processes run here"):
+        assert words in text
+
+
+@pytest.mark.parametrize("arguments", [("status",), ("drafts", "list"), ("drafts", "rollback")])
+def test_a_folder_without_a_deployment_is_refused_and_left_alone(run, tmp_path, arguments):
+    """A mistyped folder is said to hold nothing; no database is made in it."""
+    _assert_refused(run(*arguments, "--data-dir", tmp_path / "nothing"), "holds no deployment")
+    assert not (tmp_path / "nothing").exists()
+
+
+# -- flags and settings ----------------------------------------------------------------------
+
+
+def test_settings_that_do_not_exist_are_refused(run, monkeypatch, tmp_path):
+    """A mistyped variable is named, with what was probably meant."""
+    monkeypatch.setenv("DRAFTSMITH_ENGIN__GAMMA", "3")
+    status, _, err = run("status", "--data-dir", tmp_path)
+    assert status == 2
+    assert "DRAFTSMITH_ENGIN__GAMMA" in err
+    assert "DRAFTSMITH_ENGINE" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("up", "--port", "99999"), ("port = 99999",)),
+        (("up", "--dtype", "int8"), ("dtype = 'int8'",)),
+        (("serve", "--port", "-1"), ("port = -1",)),
+    ],
+)
+def test_impossible_values_are_refused(run, tmp_path, arguments, words):
+    """A value that cannot work is named with what is valid, before anything is started."""
+    status, _, err = run(*arguments, "--data-dir", tmp_path / "data")
+    assert status == 2
+    for word in words:
+        assert word in err
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("arguments", [("up", "--no-such-flag"), ("nonsense",), ("drafts", "promote", "one")])
+def test_usage_errors_have_status_2(run, arguments):
+    """Unknown flags and commands, and arguments of the wrong type."""
+    assert run(*arguments)[0] == 2
+
+
+def test_version_and_help(run):
+    """`version` prints the version; every command has a line of help."""
+    status, out, _ = run("version")
+    assert (status, out.count(".")) == (0, 2)
+    shown = run("--help")[1]
+    for command in ("up", "serve", "engine", "api", "worker", "watch", "status", "drafts", "bootstrap", "demo"):
+        assert command in shown
