@@ -52,7 +52,8 @@ def verify_maximal(
     p = torch.softmax(scaled[judged].double(), dim=-1)
     q = torch.softmax(torch.cat(draft_scaled).double(), dim=-1)
     lucky = _kept(p, q, params.rows(judged), drafts, [said[row] for row in judged.tolist()])
-    results, recover = [], []  # recover: request, row of p, row of scaled
+    results: list[tuple[int, int]] = []
+    recover: list[tuple[int, int, int]] = []  # request, row of p, row of scaled
     first = 0
     for start, drafted in zip(starts, drafts, strict=True):
         flags = lucky[first : first + len(drafted)]

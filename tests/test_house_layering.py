@@ -26,6 +26,7 @@ TORCH_ALLOWED = (  # everything else must import where torch is not installed
     "adapter.models",
     "distill.batches",
     "distill.bootstrap",
+    "distill.bootstrap_cli",
     "distill.gate",
     "distill.losses",
     "distill.selfplay",
