@@ -139,6 +139,7 @@ class HotSwap:
         self.model = slots.get(FLOOR_VERSION)
         self.last: SwapReceipt | None = None
         self.registry_up = True
+        self._back_at: int | None = None  # an older generation the registry showed, said once
 
     def start(self) -> None:
         """Bring the live version in before the first round, then follow in a thread."""
@@ -187,7 +188,9 @@ class HotSwap:
             self.registry_up = False
             return
         if wanted.generation < self.generation:
-            log.error("registry_went_back", generation=wanted.generation, serving=self.generation)
+            if self._back_at != wanted.generation:
+                log.error("registry_went_back", generation=wanted.generation, serving=self.generation)
+            self._back_at = wanted.generation
             return
         if wanted.generation == self.generation or self._prepared() == wanted.generation:
             return

@@ -45,15 +45,24 @@ class PackedLinear(torch.nn.Linear):
         return {name: value for name, value in self.__dict__.items() if name != "packed"}
 
 
-def pack_linears(model: torch.nn.Module) -> None:
-    """Turn every bias-free bfloat16 linear of a model into a packed one, or pack it again."""
+def pack_linears(model: torch.nn.Module, like: torch.nn.Module | None = None) -> None:
+    """Turn every bias-free bfloat16 linear of a model into a packed one, or pack it again.
+
+    Layers whose weight is the very tensor that `like`, a packed model of the same shape, has there
+    use its packed copy instead of making their own.
+    """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is torch.nn.Linear and child.bias is None and child.weight.dtype == torch.bfloat16:
                 setattr(module, name, _replace(child))
-    for module in model.modules():
+    twins = dict(like.named_modules()) if like is not None else {}
+    for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
-            module.pack()
+            twin = twins.get(name)
+            if twin is not module and isinstance(twin, PackedLinear) and twin.weight is module.weight:
+                module.packed = twin.packed
+            else:
+                module.pack()
 
 
 def _replace(linear: torch.nn.Linear) -> PackedLinear:

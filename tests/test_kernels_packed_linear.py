@@ -72,3 +72,18 @@ def test_a_copy_is_not_packed_and_still_right() -> None:
     assert twin[0].packed is None
     assert float(twin[0](x).abs().max()) == 0.0
     assert float(model[0](x).abs().max()) > 0.0
+
+
+@needs_packing
+def test_a_shared_weight_is_packed_once() -> None:
+    """A model that shares a weight with a packed one uses its packed copy; what differs is packed anew."""
+    model = small_model()
+    pack_linears(model)
+    twin = copy.deepcopy(model, {id(model[0].weight): model[0].weight})
+    other = copy.deepcopy(model)
+
+    pack_linears(twin, like=model)
+    pack_linears(other, like=model)
+
+    assert twin[0].packed is model[0].packed
+    assert other[0].packed is not model[0].packed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from engine_rig import Changing, Rig, build_rig, counts_of, plain, prompts, reference_models, request
 from tiny_pair import write_pair
 
-from adapter.contracts import Sampling
+from adapter.contracts import Sampling, SettingsError
 from serving.engine import build
 from serving.engine.controller import FixedGamma
 
@@ -426,3 +428,37 @@ def test_counters_agree(rig_for, ids):
     for item in items:
         assert sum(item.accepted_by_position) == counts_of([item]).num_accepted
         assert item.num_generated == counts_of([item]).num_accepted + counts_of([item]).num_rounds + item.plain_rounds
+
+
+# -- pairs and settings that do not fit ------------------------------------------------------
+
+
+@pytest.mark.parametrize("coupling", ["gumbel", "maximal"])
+@pytest.mark.parametrize("width", [112, 128])
+def test_a_draft_may_pad_its_vocabulary_differently(folder, tmp_path, models, ids, greedy, coupling, width):
+    """Wider or narrower logits of a draft with the same tokenizer change no text and crash nothing (V1)."""
+    from transformers import LlamaForCausalLM
+
+    shutil.copytree(folder / "tiny-target", tmp_path / "draft")
+    config = copy.deepcopy(models[0].config)
+    config.vocab_size = width
+    torch.manual_seed(5)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "draft")
+    rig = build_rig(folder, tmp_path / "data", draft=str(tmp_path / "draft"), coupling=coupling)
+    assert rig.run([request(str(i), prompt, N) for i, prompt in enumerate(ids)]) == greedy
+    rig.run([request(f"s{i}", prompt, N, temperature=1.5, seed=i) for i, prompt in enumerate(ids)])
+    rig.built.publisher.close()
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"gamma": 9}, "engine.gamma = 9 is more than engine.gamma_max = 8"),
+        ({"kv_tokens": 200}, "engine.kv_tokens = 200"),
+        ({"max_model_len": 513}, "512 positions"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(folder, tmp_path, engine, words):
+    """A draft length past its maximum, a cache too small for one request, more positions than trained for."""
+    with pytest.raises(SettingsError, match=words):
+        build_rig(folder, tmp_path, **engine)

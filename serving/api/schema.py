@@ -115,7 +115,14 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, data: object) -> object:
+        """Remove nulls and empty lists, which clients send back with an earlier answer."""
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None and value != []}
 
     @property
     def text(self) -> str:

@@ -103,13 +103,12 @@ def _hotswap(settings: Settings, pair: Pair, registry: Registry, runner: ModelRu
             model.set_attn_implementation(attention.IMPLEMENTATION)
         check_finite(probe.forward([Work([0], 0, tokens, 1)], model=model))
 
-    slots = DraftSlots(draft, pair, settings.engine.max_lora_norm_ratio, finish=_pack_again)
+    def pack(model: Any) -> None:
+        if packing_works():
+            pack_linears(model, like=draft)
+
+    slots = DraftSlots(draft, pair, settings.engine.max_lora_norm_ratio, finish=pack)
     return HotSwap(registry, slots, settings.artifacts_dir, poll_s=settings.engine.swap_poll_s, check=check)
-
-
-def _pack_again(model: Any) -> None:
-    if packing_works():
-        pack_linears(model)
 
 
 def _pool(model: Any, num_blocks: int, settings: Settings) -> attention.KVPool:

@@ -81,6 +81,9 @@ class DraftProposer:
 
     def _catch_up(self, request: Sequence) -> Work:
         missing = request.tokens[request.num_draft_kv :]
+        known = self.runner.model.config.vocab_size
+        if known < self._vocab:  # an id the draft has no row for: it may read anything there, but must not fail
+            missing = [min(token, known - 1) for token in missing]
         work = Work(request.block_table, request.num_draft_kv, missing, 1)
         request.num_draft_kv = len(request.tokens)
         return work
