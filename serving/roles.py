@@ -6,8 +6,9 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from adapter.settings import Settings, child_environment
 from serving.valkey import valkey_command
@@ -52,6 +53,14 @@ def read_roles(settings: Settings) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError):
         return {}
     for role in table.values():
-        if role["pid"] is not None and not Path(f"/proc/{role['pid']}").exists():
+        if role["pid"] is not None and not _runs(role["pid"]):
             role.update(pid=None, state="stopped")
     return table
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not yet collected by its parent does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

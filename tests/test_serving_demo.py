@@ -18,7 +18,7 @@ from adapter.contracts import SettingsError
 from adapter.settings import DistillSettings, Settings
 from serving.demo import exactness, measure
 from serving.demo.__main__ import app, empty_result, write_json
-from serving.demo.prompts import Deck, Family, boilerplate, conversation
+from serving.demo.prompts import Deck, Family, advice, tables
 from serving.demo.report import chart, print_report
 from serving.demo.service import PACE, demo_settings
 from serving.demo.traffic import Ask, Reply, Traffic, read_event
@@ -26,19 +26,19 @@ from serving.demo.traffic import Ask, Reply, Traffic, read_event
 
 def test_families_are_large_distinct_and_deterministic() -> None:
     """Each kind of traffic has over 200 different prompts, the same for the same seed, none shared."""
-    one, other = conversation(1), boilerplate(1)
+    one, other = advice(1), tables(1)
     for family in (one, other):
         assert len(family.prompts) >= 200
         assert len(set(family.prompts)) == len(family.prompts)
         assert all(prompt == prompt.strip() and prompt.endswith((".", "?")) for prompt in family.prompts)
     assert not set(one.prompts) & set(other.prompts)
-    assert one == conversation(1)
-    assert other == boilerplate(1)
+    assert one == advice(1)
+    assert other == tables(1)
 
 
 def test_another_seed_reorders_and_keeps_the_prompts() -> None:
     """The seed decides the order only."""
-    one, other = boilerplate(1).prompts, boilerplate(2).prompts
+    one, other = tables(1).prompts, tables(2).prompts
     assert one != other
     assert sorted(one) == sorted(other)
 
@@ -223,6 +223,13 @@ def test_sampled_requests_differ_in_temperature_and_seed() -> None:
     assert len({ask.seed for ask in asks}) == 4
     assert all(ask.temperature > 0 for ask in asks)
     assert any(ask.top_p < 1 for ask in asks)
+
+
+def test_comparisons_stay_out_of_the_watched_traffic() -> None:
+    """Requests that are only compared go to a segment of their own, so they set no baseline."""
+    asks = [*exactness.greedy_asks(["a"]), *exactness.sampled_asks(["b"])]
+    assert {ask.headers["x-draftsmith-segment"] for ask in asks} == {exactness.SEGMENT}
+    assert Ask(prompt="p").headers == {}
 
 
 def test_the_pace_is_named_and_leaves_the_users_choices(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from adapter.contracts import DraftsmithError
 from serving.demo.traffic import MAX_TOKENS, Ask, Reply
 
 TIE = 1e-3
+SEGMENT = "exactness"  # apart from the traffic whose acceptance is watched
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"
 _WAYS = ((0.3, 1.0), (0.7, 0.9), (1.0, 1.0), (0.7, 1.0), (1.0, 0.9), (1.3, 0.95))  # temperature, top_p
 
@@ -55,11 +56,17 @@ class Exactness:
         return asdict(self)
 
 
+def greedy_asks(prompts: Sequence[str]) -> list[Ask]:
+    """Return one greedy request a prompt."""
+    return [Ask(prompt=prompt, segment=SEGMENT) for prompt in prompts]
+
+
 def sampled_asks(prompts: Sequence[str]) -> list[Ask]:
     """Return one sampled request a prompt, each with its own temperature, top_p and seed."""
+    ways = [_WAYS[i % len(_WAYS)] for i in range(len(prompts))]
     return [
-        Ask(prompt=prompt, temperature=_WAYS[i % len(_WAYS)][0], top_p=_WAYS[i % len(_WAYS)][1], seed=1000 + i)
-        for i, prompt in enumerate(prompts)
+        Ask(prompt=prompt, temperature=temperature, top_p=top_p, seed=1000 + i, segment=SEGMENT)
+        for i, (prompt, (temperature, top_p)) in enumerate(zip(prompts, ways, strict=True))
     ]
 
 

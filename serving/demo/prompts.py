@@ -1,4 +1,4 @@
-"""Two kinds of made-up traffic: conversation, and Python boilerplate.
+"""Two kinds of made-up traffic: everyday advice, and markdown tables.
 
 Prompts are put together from short lists, so that no data set has to ship and no two prompts are
 equal.  The second kind is one a draft distilled on chat guesses badly and can learn fast, since its
@@ -12,53 +12,43 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
 
-_HEROES = (
-    "a fox", "a young baker", "a retired sailor", "a lonely robot", "a curious cat", "an old gardener",
-    "a brave mouse", "a tired teacher", "a small dragon", "a village doctor", "a shy painter", "a lost astronaut",
-    "a clever crow", "a kind giant",
-)  # fmt: skip
-_EVENTS = (
-    "finds a silver key", "learns to dance", "misses the last train", "builds a boat", "makes a new friend",
-    "hears a strange song", "walks through a snowstorm", "opens a small shop", "returns home after many years",
-    "discovers a hidden garden", "loses a precious map", "wins a cooking contest",
-)  # fmt: skip
 _GOALS = (
     "sleep better", "save more money", "learn the guitar", "make new friends", "stay calm", "eat more vegetables",
     "read more books", "get fit", "become a better listener", "find a new hobby", "write better letters",
-    "keep my house tidy",
+    "keep my house tidy", "spend less time online", "prepare for an exam", "improve my memory", "drink more water",
+    "speak in public", "wake up early", "grow tomatoes", "plan my week", "cook simple meals", "reduce waste",
 )  # fmt: skip
 _CIRCUMSTANCES = (
     "when I have very little time", "as a student", "after moving to a new city", "with two small children",
     "during a long winter", "while working from home", "without spending money", "after a stressful year",
-    "at the age of sixty", "if I give up easily",
+    "at the age of sixty", "if I give up easily", "in a noisy house", "while travelling",
 )  # fmt: skip
 _THINGS = {
-    "Recipe": "title servings minutes author calories", "Planet": "name mass radius moons age",
-    "Invoice": "number customer total currency date", "Camera": "brand model price weight lens",
-    "Book": "title author pages year language", "Car": "brand model year color doors",
-    "House": "address rooms price area garden", "Student": "name age grade school email",
-    "Ticket": "number seat price date place", "Song": "title artist length year genre",
-    "River": "name length source depth country", "Lamp": "color height price power brand",
-    "Parcel": "sender receiver weight price status", "Garden": "owner area trees flowers fence",
-    "Hotel": "name city stars rooms price", "Train": "number speed cars origin destination",
-    "Bakery": "name street owner ovens breads", "Island": "name area people beaches ocean",
-    "Phone": "brand model memory price color", "Meeting": "title room start end host",
-    "Teacher": "name subject school years email", "Museum": "name city paintings price director",
-    "Bridge": "name length width river year", "Doctor": "name hospital patients age city",
-    "Movie": "title director minutes year rating", "Farm": "owner cows fields tractors barns",
-    "Wallet": "owner coins notes cards color", "Airport": "code city gates runways country",
-    "Chair": "color legs price material height", "Bicycle": "brand gears color weight price",
-    "Castle": "name towers year king walls", "Coffee": "name origin price roast strength",
-    "Printer": "brand model pages ink price", "Order": "number customer items total date",
-    "Player": "name team goals age position", "Ship": "name captain length speed flag",
-    "Flower": "name color height petals season", "Kitchen": "area oven sink fridge table",
-    "Sensor": "name unit value minimum maximum", "Server": "host port memory disks owner",
-    "Message": "sender receiver subject text date", "Bottle": "volume color material label price",
-    "Library": "name books members street city", "Guitar": "brand strings color price year",
-    "Store": "name street products owner sales", "Horse": "name age color speed owner",
-    "Course": "title teacher hours price level", "Robot": "name battery arms speed task",
+    "recipes": "title servings minutes author calories", "planets": "name mass radius moons age",
+    "invoices": "number customer total currency date", "cameras": "brand model price weight lens",
+    "books": "title author pages year language", "cars": "brand model year color doors",
+    "houses": "address rooms price area garden", "students": "name age grade school email",
+    "tickets": "number seat price date place", "songs": "title artist length year genre",
+    "rivers": "name length source depth country", "lamps": "color height price power brand",
+    "parcels": "sender receiver weight price status", "gardens": "owner area trees flowers fence",
+    "hotels": "name city stars rooms price", "trains": "number speed cars origin destination",
+    "bakeries": "name street owner ovens breads", "islands": "name area people beaches ocean",
+    "phones": "brand model memory price color", "meetings": "title room start end host",
+    "teachers": "name subject school years email", "museums": "name city paintings price director",
+    "bridges": "name length width river year", "doctors": "name hospital patients age city",
+    "movies": "title director minutes year rating", "farms": "owner cows fields tractors barns",
+    "wallets": "owner coins notes cards color", "airports": "code city gates runways country",
+    "chairs": "color legs price material height", "bicycles": "brand gears color weight price",
+    "castles": "name towers year king walls", "coffees": "name origin price roast strength",
+    "printers": "brand model pages ink price", "orders": "number customer items total date",
+    "players": "name team goals age position", "ships": "name captain length speed flag",
+    "flowers": "name color height petals season", "kitchens": "area oven sink fridge table",
+    "sensors": "name unit value minimum maximum", "servers": "host port memory disks owner",
+    "messages": "sender receiver subject text date", "bottles": "volume color material label price",
+    "libraries": "name books members street city", "guitars": "brand strings color price year",
+    "stores": "name street products owner sales", "horses": "name age color speed owner",
+    "courses": "title teacher hours price level", "robots": "name battery arms speed task",
 }  # fmt: skip
-_SIZES = (2, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +60,20 @@ class Family:
     prompts: tuple[str, ...]
 
 
-def conversation(seed: int) -> Family:
-    """Return stories and advice."""
-    stories = [f"Write a short story about {hero} who {event}." for hero, event in product(_HEROES, _EVENTS)]
-    advice = [f"How can I {goal} {circumstance}?" for goal, circumstance in product(_GOALS, _CIRCUMSTANCES)]
-    return _family("conversation", "short stories and everyday advice", stories + advice, seed)
+def advice(seed: int) -> Family:
+    """Return everyday questions, answered in prose."""
+    prompts = [f"How can I {goal} {circumstance}?" for goal, circumstance in product(_GOALS, _CIRCUMSTANCES)]
+    return _family("advice", "everyday advice", prompts, seed)
 
 
-def boilerplate(seed: int) -> Family:
-    """Return requests for small Python classes."""
+def tables(seed: int) -> Family:
+    """Return requests for tables of three columns."""
     prompts = [
-        f"Write a Python class named {thing} with the attributes {', '.join(chosen[:-1])} and {chosen[-1]}."
-        for thing, attributes in _THINGS.items()
-        for size in _SIZES
-        for chosen in combinations(attributes.split(), size)
+        f"Write a markdown table about {things} with the columns {first}, {second} and {third}."
+        for things, columns in _THINGS.items()
+        for first, second, third in combinations(columns.split(), 3)
     ]
-    return _family("boilerplate", "small Python classes", prompts, seed)
+    return _family("tables", "markdown tables", prompts, seed)
 
 
 class Deck:

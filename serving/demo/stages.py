@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 from adapter.contracts import FLOOR_VERSION
 from adapter.jobs import OPEN_STATES, Job
 from serving.demo import exactness, measure
 from serving.demo.progress import Progress
-from serving.demo.prompts import Deck, boilerplate, conversation
+from serving.demo.prompts import Deck, advice, tables
 from serving.demo.report import describe_draft
 from serving.demo.service import Service, training_of
 from serving.demo.session import CLIENTS, LOOK_EVERY_S, SETTLE_S, DemoFailed, Session
-from serving.demo.traffic import Ask, Traffic
+from serving.demo.traffic import Traffic
 
 TRAINING_CLIENTS = 1  # the trainer shares the cores; requests keep running, fewer at a time
 PLAIN_REQUESTS, BEFORE_REQUESTS, AFTER_REQUESTS, BACK_REQUESTS = 24, 60, 60, 40
@@ -32,7 +33,7 @@ class Demo(Session):
 
     def __init__(self, service: Service, progress: Progress, result: dict[str, Any]) -> None:
         super().__init__(service, progress, result)
-        self.first, self.second = Deck(conversation(SEED)), Deck(boilerplate(SEED))
+        self.first, self.second = Deck(advice(SEED)), Deck(tables(SEED))
         self._references: list[dict[str, Any]] = []
         self._exact_prompts: list[str] = []
 
@@ -89,9 +90,8 @@ class Demo(Session):
         self.progress.begin("exactness", "the same prompts with speculation and without")
         self._exact_prompts = [*self.first.take(EXACT_PROMPTS), *self.second.take(EXACT_PROMPTS)]
         sampled = exactness.sampled_asks([*self.first.take(EXACT_PROMPTS // 2), *self.second.take(EXACT_PROMPTS // 2)])
-        plain = [Ask(prompt=a.prompt, temperature=a.temperature, top_p=a.top_p, seed=a.seed, speculate=False)
-                 for a in sampled]  # fmt: skip
-        greedy = await traffic.ask_all([Ask(prompt=prompt) for prompt in self._exact_prompts], CLIENTS)
+        plain = [replace(ask, speculate=False) for ask in sampled]
+        greedy = await traffic.ask_all(exactness.greedy_asks(self._exact_prompts), CLIENTS)
         pairs = list(zip(await traffic.ask_all(sampled, CLIENTS), await traffic.ask_all(plain, CLIENTS), strict=True))
         self._refuse_failures()
         self.progress.waiting(f"transformers answers the same {len(greedy)} prompts in a process of its own")
@@ -179,7 +179,7 @@ class Demo(Session):
         pair = self.service.pair
         assert pair is not None
         self.progress.begin("exactness", f"the same prompts once more, now drafted by version {self.version}")
-        replies = await self.traffic.ask_all([Ask(prompt=prompt) for prompt in self._exact_prompts], CLIENTS)
+        replies = await self.traffic.ask_all(exactness.greedy_asks(self._exact_prompts), CLIENTS)
         self._refuse_failures()
         exactness.compare_greedy(self.exact, exactness.load_tokenizer(pair.target_path), replies, self._references)
         self._say_exactness("transformers' generate, under both drafts")

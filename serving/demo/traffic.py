@@ -31,6 +31,12 @@ class Ask:
     max_tokens: int = MAX_TOKENS
     stream: bool = False
     speculate: bool = True
+    segment: str | None = None  # None: the server's default, the one whose acceptance is watched
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Return the request's own headers."""
+        return {} if self.segment is None else {"x-draftsmith-segment": self.segment}
 
     def body(self, model: str) -> dict[str, Any]:
         """Return the request's JSON body."""
@@ -141,7 +147,8 @@ class Traffic:
         )  # fmt: skip
 
     async def _whole(self, reply: Reply) -> None:
-        response = await self.client.post("/v1/chat/completions", json=reply.ask.body(self._model))
+        body = reply.ask.body(self._model)
+        response = await self.client.post("/v1/chat/completions", json=body, headers=reply.ask.headers)
         if response.status_code != 200:
             reply.error = f"HTTP {response.status_code}: {response.text[:300]}"
             return
@@ -152,7 +159,8 @@ class Traffic:
 
     async def _stream(self, reply: Reply) -> None:
         body = reply.ask.body(self._model)
-        async with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        path, headers = "/v1/chat/completions", reply.ask.headers
+        async with self.client.stream("POST", path, json=body, headers=headers) as response:
             if response.status_code != 200:
                 reply.error = f"HTTP {response.status_code}: {(await response.aread()).decode()[:300]}"
                 return
