@@ -285,14 +285,3 @@ def _export(
     )  # fmt: skip
     (out / DRAFT_MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
     return manifest
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line of `draftsmith bootstrap` and run it."""
-    from distill.bootstrap_cli import run
-
-    return run(argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from adapter.contracts import DraftsmithError
+from adapter.models import find_model
 from adapter.settings import DEFAULT_TARGET, load_settings
 from distill.bootstrap import Recipe
+from distill.bootstrap import bootstrap as make_draft
 
 _DEFAULT = Recipe()
 console = Console(stderr=True)
@@ -60,9 +62,6 @@ def bootstrap(
     learning_rate: LearningRate = _DEFAULT.learning_rate, seed: Seed = _DEFAULT.seed,
 ) -> None:  # fmt: skip
     """Make a day-0 draft for a Llama-shaped target, from text the target writes itself."""
-    from adapter.models import find_model
-    from distill.bootstrap import bootstrap as make_draft
-
     recipe = Recipe(
         layers=layers, shards=shards, rows=rows, length=length, steps=steps, batch_rows=batch_rows,
         learning_rate=learning_rate, seed=seed,
@@ -96,3 +95,7 @@ def run(argv: list[str] | None = None) -> int:
         console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         return 2
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

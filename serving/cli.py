@@ -89,7 +89,7 @@ def status(data_dir: DataDir = None, as_json: AsJson = False) -> None:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bootstrap(context: typer.Context) -> None:
     """Make a day-0 draft for a Llama-shaped target, from text the target writes itself."""
-    _exec("distill.bootstrap", load_settings(), context.args)
+    _exec("distill.bootstrap_cli", load_settings(), context.args)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -105,7 +105,7 @@ class Generator:
                     if reason:
                         return
         finally:
-            self._metrics.finished(answer, reason or "cancelled")
+            self._metrics.finished(answer.started_s)
 
     def _gamma(self, request: Generation) -> int | None:
         if not request.speculative.enabled:

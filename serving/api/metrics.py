@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from serving.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from serving.api.generation import Answer
 
 _LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -116,7 +112,7 @@ class ServingMetrics:
         for _ in range(count):
             self._between.observe((now - before) / count)
 
-    def finished(self, answer: Answer, _reason: str) -> None:
-        """Observe the end of an answer."""
-        self._last.pop(answer.started_s, None)
-        self._total.observe(self._clock() - answer.started_s)
+    def finished(self, started_s: float) -> None:
+        """Observe the end of the answer that started at `started_s`."""
+        self._last.pop(started_s, None)
+        self._total.observe(self._clock() - started_s)

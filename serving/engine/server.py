@@ -56,6 +56,7 @@ class EngineServer:
         self._owners: dict[str, bytes] = {}
         self._peers: dict[str, bytes] = {}
         self._last_snapshot_s = 0.0
+        self._last_version = -1
         self._swaps_written = 0
         self._stopping = False
         self._context = zmq.Context()
@@ -157,8 +158,9 @@ class EngineServer:
 
     def _send_snapshot(self) -> None:
         now = self._clock()
-        if now - self._last_snapshot_s < ipc.SNAPSHOT_EVERY_S:
+        if now - self._last_snapshot_s < ipc.SNAPSHOT_EVERY_S and self.engine.version == self._last_version:
             return
+        self._last_version = self.engine.version
         self._last_snapshot_s = now
         message = self._snapshot()
         for peer in self._peers.values():
