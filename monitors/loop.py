@@ -233,6 +233,14 @@ class LearningLoop:
             return
         try:
             draft = self._registry.draft(version)
+            if draft.parent != self.state.live:  # somebody moved the alias while it was being trained
+                self.state.job_id = None
+                self._cool(
+                    f"v{version} was not promoted: it was compared with v{draft.parent}, and v{self.state.live} is "
+                    "live now",
+                    failed=False,
+                )
+                return
             live = self._registry.promote(
                 version,
                 actor=ACTOR,

@@ -79,7 +79,7 @@ def rollback(
     data_dir: DataDir = None, reason: Reason = "rolled back on the command line",
     expected_generation: Expected = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Make the previous version live again."""
+    """Make the previous version live again; what was live becomes previous, so a second call undoes the first."""
     live = open_registry(data_dir).roll_back(actor=_actor(), reason=reason, expected_generation=expected_generation)
     _say(live, as_json)
 

@@ -72,6 +72,7 @@ class _Announcement:
         console.print(f"  API        {api}/v1", highlight=False)
         if self._with_dashboard:
             console.print(f"  dashboard  {dashboard}", highlight=False)
+        console.print(f"draftsmith status --data-dir {self._settings.data_dir}", highlight=False, soft_wrap=True)
         console.print("Ctrl-C stops everything.")
 
 
@@ -105,7 +106,7 @@ def _print_status(status: dict[str, Any]) -> None:
     lines = Table.grid(padding=(0, 2))
     lines.add_row("target", f"{status['target']} ({status['dtype']})")
     lines.add_row("live draft", f"version {status['live']}, generation {status['generation']}")
-    lines.add_row("previous", str(status["previous"]))
+    lines.add_row("previous", "–" if status["previous"] is None else f"version {status['previous']}")
     if acceptance["value"] is None:
         lines.add_row("acceptance", "no requests in the last five minutes")
     else:
@@ -119,8 +120,9 @@ def _print_status(status: dict[str, Any]) -> None:
     if job is not None:
         lines.add_row("last training", f"{job['state']}: {job['error'] or job['reason']}")
     lines.add_row("alerts", "; ".join(alert["summary"] for alert in status["alerts"]) or "none firing")
-    lines.add_row("API", str(status["api_url"]))
-    lines.add_row("dashboard", str(status["dashboard_url"]))
+    for label, role, url in (("API", "api", status["api_url"]), ("dashboard", "watcher", status["dashboard_url"])):
+        runs = status["roles"].get(role, {}).get("pid") is not None
+        lines.add_row(label, url if runs and url else "not running here")
     console.print(lines, highlight=False)
     roles = Table("process", "state", "pid", "restarts", box=None, header_style="bold")
     for name, role in status["roles"].items():

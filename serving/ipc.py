@@ -1,6 +1,7 @@
 """Messages between the API process and the engine process, over a local ZeroMQ socket.
 
-The engine binds a ROUTER at `run_dir/engine.sock`; each API process connects a DEALER.  Token ids
+The engine binds a ROUTER at `run_dir/engine.sock`; the API process connects a DEALER.  A deployment has one
+API process: a second one that says hello takes the place of the first.  Token ids
 travel, never text.  A snapshot goes out a couple of times a second and doubles as the heartbeat by
 which an API process knows that the engine lives and is still the same one.
 """

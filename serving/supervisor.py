@@ -146,6 +146,7 @@ class Supervisor:
             if now >= item.next_start_s:
                 self._launch(item)
                 item.restarts += 1
+                log.info("role_restarted", role=item.role.name, pid=item.pid, logs=str(self._settings.logs_dir))
                 self._write_table()
             return
         code = item.process.poll()
@@ -197,6 +198,10 @@ class Supervisor:
             raise DataDirInUse(
                 f"{self._settings.data_dir} is in use by pid {holder}; stop it, or choose another --data-dir"
             ) from None
+        if not path.exists() or os.fstat(handle.fileno()).st_ino != path.stat().st_ino:
+            handle.close()  # its holder removed this file between our opening and our locking it
+            self._take_lock()
+            return
         handle.seek(0)
         handle.truncate()
         handle.write(str(os.getpid()))

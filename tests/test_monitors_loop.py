@@ -157,6 +157,24 @@ def test_drift_trains_promotes_and_keeps_a_better_version(bench: Bench) -> None:
     assert bench.watcher.loop.state.sentence.startswith(f"kept v{version}: acceptance +0.")
 
 
+def test_a_version_judged_against_another_one_is_not_promoted(bench: Bench) -> None:
+    """A person moved the alias during the training: the gate's comparison no longer says anything."""
+    bench.drift()
+    trained = bench.train()
+    other = bench.registry.publish(
+        parent=0, state="ready", artifact_sha256="d" * 64, artifact_bytes=10, trained_on={}, gate={}, reason="by hand",
+        job_id=None, actor="ana",
+    ).version  # fmt: skip
+    bench.registry.promote(other, actor="ana", reason="try this one")
+
+    bench.tick(3)
+    bench.serve(60, 0.55)
+    bench.tick(5)
+
+    assert other == bench.registry.live().live
+    assert trained not in [row.to_version for row in bench.registry.audit() if row.verb == "promote"]
+
+
 def test_a_worse_version_is_rolled_back_by_the_guard(bench: Bench) -> None:
     """A promoted version that loses acceptance is quarantined, previous is live, and people are told why."""
     bench.drift()

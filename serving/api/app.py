@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from adapter.pairs import Pair
 from adapter.settings import Settings
 from serving.api.engine_client import EngineClient
-from serving.api.errors import install_error_handlers
+from serving.api.errors import ApiError, install_error_handlers
 from serving.api.generation import Generator
 from serving.api.metrics import EngineCollector, ServingMetrics
 from serving.api.routes import router
@@ -40,7 +40,10 @@ def create_app(settings: Settings, pair: Pair) -> FastAPI:
     app.state.generator = Generator(client, TargetText(Path(pair.target_path)), settings.engine, metrics)
     install_error_handlers(app)
     app.include_router(router)
-    created = int(time.time())
+    described = {
+        "id": pair.target_name, "object": "model", "created": int(time.time()), "owned_by": "draftsmith",
+        "max_model_len": settings.engine.max_model_len,
+    }  # fmt: skip
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -57,8 +60,15 @@ def create_app(settings: Settings, pair: Pair) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, object]:
         """List the one model that is served."""
-        model = {"id": pair.target_name, "object": "model", "created": created, "owned_by": "draftsmith"}
-        return {"object": "list", "data": [{**model, "max_model_len": settings.engine.max_model_len}]}
+        return {"object": "list", "data": [described]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, object]:
+        """Describe the one model that is served."""
+        if name != pair.target_name:
+            text = f"model {name!r} is not served here; this server has {pair.target_name!r}"
+            raise ApiError(404, text, param="model", code="model_not_found")
+        return described
 
     @app.get("/metrics")
     async def prometheus() -> Response:

@@ -44,16 +44,22 @@ def install_error_handlers(app: FastAPI) -> None:
     async def _http(_request: Request, error: HTTPException) -> JSONResponse:
         return ApiError(error.status_code, str(error.detail)).response()
 
+    @app.exception_handler(Exception)
+    async def _unexpected(_request: Request, error: Exception) -> JSONResponse:
+        return ApiError(500, f"the server failed on this request ({type(error).__name__}); see its log").response()
+
 
 def validation_error(problems: list[dict[str, object]]) -> ApiError:
     """Turn pydantic's findings into one 400 that names the first field and lists all."""
     named = []
     for problem in problems:
-        location = [str(part) for part in problem.get("loc", ()) if part != "body"]  # type: ignore[attr-defined]
+        location = _field(problem.get("loc", ()))
         if problem.get("type") == "extra_forbidden":
             named.append((location, f"'{'.'.join(location)}' is not supported by this server; leave it out"))
         elif problem.get("type") == "json_invalid":
-            named.append(([], f"the body is not valid JSON: {problem.get('ctx', problem.get('msg'))}"))
+            named.append(([], f"the body is not valid JSON: {_json_problem(problem)}"))
+        elif isinstance(problem.get("input"), bytes):
+            named.append(([], "the body is not read as JSON; send it with 'Content-Type: application/json'"))
         else:
             given = problem.get("input")
             shown = "" if isinstance(given, dict) else f" (got {given!r:.80})"
@@ -61,3 +67,15 @@ def validation_error(problems: list[dict[str, object]]) -> ApiError:
             named.append((location, f"{where}{problem.get('msg')}{shown}"))
     param = ".".join(named[0][0]) or None
     return ApiError(400, "; ".join(text for _, text in named), param=param, code="invalid_value")
+
+
+def _field(location: object) -> list[str]:
+    """Name a field as the client wrote it: without the branches of a union that pydantic tried."""
+    parts = [str(part) for part in location if part != "body"]  # type: ignore[attr-defined]
+    branch = next((i for i, part in enumerate(parts) if "[" in part or part in ("str", "int", "float")), len(parts))
+    return parts[:branch]
+
+
+def _json_problem(problem: dict[str, object]) -> object:
+    context = problem.get("ctx")
+    return context.get("error", context) if isinstance(context, dict) else problem.get("msg")

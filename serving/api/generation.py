@@ -17,6 +17,7 @@ from serving.api.metrics import ServingMetrics
 from serving.api.schema import Generation
 from serving.api.text import AnswerText, TargetText
 
+_GREEDY_BELOW = 1e-5
 _SEED_MASK = (1 << 64) - 1
 
 
@@ -75,11 +76,13 @@ class Generator:
                 param="max_tokens" if room >= 1 else "messages",
                 code="context_length_exceeded",
             )
+        # Below this, dividing by the temperature overflows; the law is greedy long before.
+        temperature = request.temperature if request.temperature >= _GREEDY_BELOW else 0.0
         seed = request.seed if request.seed is not None else secrets.randbits(63)
         return ipc.Submit(
             request_id=request_id, token_ids=token_ids, max_tokens=limit or room,
             sampling=Sampling(
-                temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, seed=seed & _SEED_MASK
+                temperature=temperature, top_p=request.top_p, top_k=request.top_k, seed=seed & _SEED_MASK
             ),
             end_tokens=self.text.end_tokens, segment=segment, gamma=self._gamma(request),
         )  # fmt: skip

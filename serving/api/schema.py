@@ -32,6 +32,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
     "store": (False,),
+    "service_tier": ("auto", "default"),
     "modalities": (["text"],),
 }
 
@@ -73,7 +74,7 @@ class Generation(_Strict):
     model: str
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: Annotated[int, BeforeValidator(_off_is_zero)] = Field(0, ge=0)
+    top_k: Annotated[int, BeforeValidator(_off_is_zero)] = Field(0, ge=0, lt=1 << 31)
     max_tokens: int | None = Field(None, ge=1)
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field(
         default_factory=list, max_length=MAX_STOPS
@@ -82,6 +83,7 @@ class Generation(_Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    metadata: dict[str, str] | None = None  # labels; they change nothing
     speculative: Speculative = Speculative()
 
     @model_validator(mode="before")

@@ -35,8 +35,12 @@ class TargetText:
         self.end_tokens = self._find_end_tokens(folder)
 
     def encode(self, text: str) -> list[int]:
-        """Encode a plain prompt, with the special tokens the tokenizer adds by itself."""
-        return list(self._tokenizer.encode(text).ids)
+        """Encode a plain prompt, with the special tokens the tokenizer adds by itself.
+
+        Raises:
+            ApiError: 400 when the text cannot be encoded.
+        """
+        return self._encode(text, "prompt", special=True)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Render messages with the target's chat template and encode the result.
@@ -53,7 +57,16 @@ class TargetText:
             raise ApiError(
                 400, f"the model's chat template refuses these messages: {error}", param="messages"
             ) from None
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._encode(text, "messages", special=False)
+
+    def _encode(self, text: str, param: str, *, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ApiError(
+                400, f"'{param}' holds a lone surrogate, which is no text: {error.reason}", param=param
+            ) from None
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, token_ids: list[int]) -> str:
         """Decode tokens, without special ones."""

@@ -111,4 +111,4 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(app())
+    sys.exit(app(prog_name="draftsmith demo"))

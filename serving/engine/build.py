@@ -61,7 +61,12 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
         draft = _load_draft(pair, target)
         draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings))
         keep_laws = settings.engine.coupling == "maximal"
-        proposer = DraftProposer(draft_runner, keep_laws=keep_laws, vocab=target.config.vocab_size)
+        proposer = DraftProposer(
+            draft_runner,
+            keep_laws=keep_laws,
+            vocab=target.config.vocab_size,
+            catch_up_tokens=settings.engine.prefill_tokens,
+        )
         hotswap = _hotswap(settings, pair, registry, draft_runner, draft)
     publisher = StreamPublisher(
         settings.redis, queue_entries=settings.log.queue_entries, max_entries=settings.log.stream_max_entries,

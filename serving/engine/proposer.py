@@ -36,12 +36,15 @@ class DraftProposer:
 
     Args:
         keep_laws: keep the law each token was drawn from; the maximal coupling needs it.
+        catch_up_tokens: most tokens of one request the draft reads in a round before it drafts; a longer
+            backlog takes several rounds, which run without speculation.
         vocab: width of the target's logits; models of one tokenizer may pad theirs differently.
     """
 
-    def __init__(self, runner: ModelRunner, *, keep_laws: bool, vocab: int) -> None:
+    def __init__(self, runner: ModelRunner, *, keep_laws: bool, vocab: int, catch_up_tokens: int) -> None:
         self.runner = runner
         self._vocab = vocab
+        self._catch_up_tokens = catch_up_tokens
         self._keep_laws = keep_laws
         self._purpose = Purpose.DRAFT if keep_laws else Purpose.SAMPLE
         self._poisoned = False
@@ -58,7 +61,11 @@ class DraftProposer:
         """Draft gammas[i] tokens for requests[i]; 0 costs nothing and leaves the draft's cache behind."""
         proposals = [Proposal() for _ in requests]
         active = [i for i, gamma in enumerate(gammas) if gamma > 0]
-        work = [self._catch_up(requests[i]) for i in active]
+        behind = [i for i in active if len(requests[i].tokens) - requests[i].num_draft_kv > self._catch_up_tokens]
+        active = [i for i in active if i not in behind]
+        work = [self._catch_up(requests[i]) for i in active] + [self._catch_up(requests[i]) for i in behind]
+        if behind and not active:
+            self.runner.forward(work)
         while active:
             logits = self._fit(self.runner.forward(work))
             self._draw(logits, requests, proposals, active)
@@ -80,13 +87,13 @@ class DraftProposer:
         return torch.nn.functional.pad(wide, (0, self._vocab - wide.shape[1]), value=-torch.inf)
 
     def _catch_up(self, request: Sequence) -> Work:
-        missing = request.tokens[request.num_draft_kv :]
+        start = request.num_draft_kv
+        missing = request.tokens[start : start + self._catch_up_tokens]
         known = self.runner.model.config.vocab_size
         if known < self._vocab:  # an id the draft has no row for: it may read anything there, but must not fail
             missing = [min(token, known - 1) for token in missing]
-        work = Work(request.block_table, request.num_draft_kv, missing, 1)
-        request.num_draft_kv = len(request.tokens)
-        return work
+        request.num_draft_kv = start + len(missing)
+        return Work(request.block_table, start, missing, int(request.num_draft_kv == len(request.tokens)))
 
     def _draw(
         self, logits: torch.Tensor, requests: list[Sequence], proposals: list[Proposal], active: list[int]
