@@ -22,7 +22,7 @@ from serving.demo.session import CLIENTS, LOOK_EVERY_S, SETTLE_S, DemoFailed, Se
 from serving.demo.traffic import Traffic
 
 TRAINING_CLIENTS = 1  # the trainer shares the cores; requests keep running, fewer at a time
-PLAIN_REQUESTS, BEFORE_REQUESTS, AFTER_REQUESTS, BACK_REQUESTS = 24, 60, 60, 40
+PLAIN_REQUESTS, BEFORE_REQUESTS, AFTER_REQUESTS, BACK_REQUESTS = 16, 50, 48, 24
 EXACT_PROMPTS = 4  # greedy ones of each kind; half as many sampled ones
 SEED = 20261122
 START_S, DRIFT_S, COLLECT_S, PROMOTE_S, ROLL_BACK_S = 900.0, 900.0, 300.0, 60.0, 30.0
