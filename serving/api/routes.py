@@ -7,6 +7,7 @@ import json
 import re
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -137,7 +138,7 @@ async def _disconnected(request: Request) -> None:
         continue
 
 
-class _Shape:
+class _Shape(ABC):
     """How an answer is wrapped: OpenAI's chat or text objects."""
 
     prefix = ""
@@ -152,9 +153,9 @@ class _Shape:
         """The first event of a stream, where the form has one."""
         return None
 
+    @abstractmethod
     def choice(self, piece: Piece) -> dict[str, Any]:
         """One choice of a chunk."""
-        raise NotImplementedError
 
     def whole(self, text: str, reason: str | None, answer: Answer) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
@@ -165,9 +166,9 @@ class _Shape:
             "usage": answer.usage(),
         }
 
+    @abstractmethod
     def full_choice(self, text: str, reason: str | None) -> dict[str, Any]:
         """The only choice of a whole answer."""
-        raise NotImplementedError
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """One event of a stream."""
