@@ -84,7 +84,8 @@ def _results(run: dict[str, Any]) -> str:
         f"speculation;\n{asked['failed']} of {asked['sent']} requests failed, {asked['truncated']} truncated; a swap "
         f"stops the loop for {run['swap_pause_ms']:.3f} ms (a step takes {run['median_step_ms']:.0f} ms);\na roll back "
         f"takes {run['rollback_s']:.2f} s; training took {run['training']['seconds']:.0f} s beside serving. "
-        f"{machine['cpu']}, {machine['cores']} cores, no GPU,\nfloat32, torch {run['versions']['torch']}; "
+        f"{machine['cpu']}, {machine['cores']} cores, no GPU,\nfloat32, torch {run['versions']['torch']}, "
+        f"commit {run['commit'][:7]}; "
         "all figures in [bench/results/demo.json](bench/results/demo.json)."
     )
     return "\n".join(rows) + "\n"
