@@ -60,12 +60,38 @@ class Verdict(IntEnum):
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How one request samples. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off."""
+    """How one request samples. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+
+    Presence and frequency penalties look at generated tokens, the repetition penalty at the prompt
+    too; 0, 0 and 1 are off.  `logit_bias` is added to the logits of its tokens.  No end token may
+    come before `min_tokens` were generated.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What an answer must look like: any JSON object, or one that a JSON schema describes."""
+
+    kind: Literal["json_object", "json_schema"]
+    schema: str = ""  # JSON text of the schema
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """What the target thought at one position: natural log-probs of the raw logits, most likely first."""
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
 
 
 class VersionSpan(msgspec.Struct, frozen=True):
@@ -184,6 +210,8 @@ class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True):
     plain_rounds: int
     by_version: tuple[VersionCounts, ...]
     accepted_by_position: tuple[int, ...]
+    unversioned: Counts = Counts()  # rounds of proposers without versions, n-gram matching for one
+    cached_tokens: int = 0  # prompt tokens whose keys and values were found in the prefix cache
     queue_s: float
     first_token_s: float
     total_s: float

@@ -155,6 +155,10 @@ class HotSwap:
         if self._thread is not None:
             self._thread.join(5)
 
+    def resident(self, version: int) -> Any | None:
+        """Return the model of a version a request may be pinned to: floor, live or previous."""
+        return self._slots.get(version) if version in (FLOOR_VERSION, self.version, self.previous) else None
+
     def wake(self) -> None:
         """Look at the registry now instead of at the next poll."""
         self._wake.set()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from adapter.contracts import FinishReason, Sampling
+from adapter.contracts import Counts, FinishReason, Grammar, Sampling, TokenLogprob
 from serving.snapshot import Snapshot
 
 SOCKET_NAME = "engine.sock"
@@ -35,6 +35,11 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     end_tokens: list[int]
     segment: str
     gamma: int | None
+    version: int | str | None = None  # draft version that drafts: a number, "floor", "live" or "previous"
+    grammar: Grammar | None = None
+    logprobs: int | None = None  # alternatives reported a token; 0 reports the chosen one only
+    priority: int = 0  # lower runs first
+    cache_salt: str = ""  # requests share cached prefixes only with the same salt
 
 
 class End(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -51,12 +56,23 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     name: str
 
 
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """What one request's speculation did, and what it found cached."""
+
+    cached_tokens: int
+    counts: Counts
+    accepted_by_position: list[int]
+    plain_rounds: int
+
+
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Newly committed tokens of one request, one message a round."""
 
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None
+    logprobs: list[TokenLogprob] | None = None  # one a token, when asked for
+    summary: Summary | None = None  # with the last message
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -65,6 +81,7 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
     status: int
     message: str
+    param: str | None = None
 
 
 ToEngine = Submit | End | Hello

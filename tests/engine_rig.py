@@ -21,8 +21,10 @@ from adapter.settings import LogSettings
 from kernels.sampling import draw, shape_logits
 from serving.engine import build
 from serving.engine.build import Built
+from serving.engine.control.base import Choice, StepReport, StepShape
 from serving.engine.engine import Delivery, Engine
 from serving.engine.parameters import row_params
+from serving.engine.proposers.base import Offer
 from serving.engine.recorder import Recorder
 from serving.engine.sequence import Sequence
 
@@ -50,8 +52,22 @@ class Changing:
         self._random = random.Random(seed)
         self._choices = choices
 
-    def choose_gamma(self, requests: list[Sequence]) -> list[int]:
-        return [request.gamma_limit(self._random.choice(self._choices)) for request in requests]
+    def choose(self, requests: list[Sequence], offers: list[dict[str, Offer]], shape: StepShape) -> list[Choice]:
+        return [self._pick(request, offer) for request, offer in zip(requests, offers, strict=True)]
+
+    def observe(self, report: StepReport) -> None:
+        self.report = report
+
+    def forget(self, request: Sequence) -> None:
+        return None
+
+    def explain(self) -> dict[str, object]:
+        return {}
+
+    def _pick(self, request: Sequence, offers: dict[str, Offer]) -> Choice:
+        gamma = request.gamma_limit(self._random.choice(self._choices))
+        name = self._random.choice(sorted(offers)) if offers else None
+        return Choice(name, min(gamma, offers[name].num_tokens)) if name else Choice()
 
 
 @dataclass

@@ -90,7 +90,7 @@ def test_a_promoted_version_is_drafted_with(deployment):
     deployment.promote(version)
     swapper = deployment.follow()
     assert (swapper.version, swapper.generation, swapper.previous) == (version, 2, 0)
-    assert deployment.rig.engine.proposer.runner.model is swapper.model is swapper._slots.get(version)
+    assert deployment.rig.engine.proposers.draft.runner.model is swapper.model is swapper._slots.get(version)
     item = request("r", prompts(100)[0])
     deployment.rig.run([item])
     assert set(item.by_version) == {version}
@@ -370,7 +370,7 @@ def test_the_live_version_is_there_at_the_first_round(deployment, folder):
     deployment.rig.built.publisher.close()
     deployment.start()
     assert deployment.rig.engine.version == version
-    assert deployment.rig.engine.proposer.runner.model is deployment.swapper._slots.get(version)
+    assert deployment.rig.engine.proposers.draft.runner.model is deployment.swapper._slots.get(version)
 
 
 def test_the_thread_follows_by_itself(deployment, wait_for):

@@ -14,7 +14,7 @@ from tiny_pair import write_pair
 
 from adapter.contracts import Sampling, SettingsError
 from serving.engine import build
-from serving.engine.controller import FixedGamma
+from serving.engine.control.fixed import FixedGamma
 
 N = 40
 SAMPLINGS = [
@@ -284,7 +284,7 @@ def test_a_drafts_end_token_ends_nothing(rig_for, ids, greedy):
     """A draft that proposes an end token everywhere does not end an answer (S4)."""
     rig = rig_for()
     never = next(token for token in range(3, 120) if all(token not in said for said in greedy))
-    real = rig.engine.proposer.propose
+    real = rig.engine.proposers.draft.propose
 
     def biased(requests, gammas):
         proposals = real(requests, gammas)
@@ -292,11 +292,11 @@ def test_a_drafts_end_token_ends_nothing(rig_for, ids, greedy):
             proposal.tokens = [never for _ in proposal.tokens]
         return proposals
 
-    rig.engine.proposer.propose = biased
+    rig.engine.proposers.draft.propose = biased
     try:
         assert rig.run([request(str(i), prompt, N, ends=[never]) for i, prompt in enumerate(ids)]) == greedy
     finally:
-        rig.engine.proposer.propose = real
+        rig.engine.proposers.draft.propose = real
 
 
 def test_max_tokens_is_never_passed(same, ids, greedy):
@@ -360,7 +360,7 @@ def test_caches_equal_a_fresh_prefill_after_every_step(rig_for, models, ids, kv_
         for item in rig.engine.scheduler.running:
             for runner, model, length in (
                 (rig.engine.target, models[0], item.num_target_kv),
-                (rig.engine.proposer.runner, models[1], item.num_draft_kv),
+                (rig.engine.proposers.draft.runner, models[1], item.num_draft_kv),
             ):
                 assert length <= len(item.tokens)
                 if not length:

@@ -10,7 +10,7 @@ from tiny_pair import write_pair
 
 from adapter.contracts import Verdict, VerifiedBlock
 from adapter.settings import LogSettings
-from serving.engine.controller import FixedGamma
+from serving.engine.control.fixed import FixedGamma
 
 N = 50
 TOP_K = 16

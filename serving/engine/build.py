@@ -19,9 +19,11 @@ from adapter.settings import Settings
 from adapter.streams import StreamPublisher
 from kernels.packed_linear import pack_linears, packing_works
 from serving.engine import attention
-from serving.engine.controller import FixedGamma
+from serving.engine.control.fixed import FixedGamma
 from serving.engine.engine import Engine
-from serving.engine.proposer import DraftProposer
+from serving.engine.proposers.base import Proposer
+from serving.engine.proposers.collection import Proposers
+from serving.engine.proposers.draft import DraftProposer
 from serving.engine.recorder import Recorder
 from serving.engine.runner import ModelRunner, Work
 from serving.engine.scheduler import Scheduler
@@ -56,32 +58,33 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
     _check_lengths(settings, target.config.max_position_embeddings)
     num_blocks = settings.engine.kv_tokens // settings.engine.block_tokens + 1
     runner = ModelRunner(target, _pool(target, num_blocks, settings))
-    proposer, hotswap = None, None
+    members: list[Proposer] = []
+    hotswap = None
     if pair.draft_kind != "none":
         draft = _load_draft(pair, target)
         draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings))
         keep_laws = settings.engine.coupling == "maximal"
-        proposer = DraftProposer(
-            draft_runner,
-            keep_laws=keep_laws,
-            vocab=target.config.vocab_size,
-            catch_up_tokens=settings.engine.prefill_tokens,
-        )
         hotswap = _hotswap(settings, pair, registry, draft_runner, draft)
+        members.append(
+            DraftProposer(
+                draft_runner, keep_laws=keep_laws, vocab=target.config.vocab_size,
+                catch_up_tokens=settings.engine.prefill_tokens, resident=hotswap.resident,
+            )
+        )  # fmt: skip
     publisher = StreamPublisher(
         settings.redis, queue_entries=settings.log.queue_entries, max_entries=settings.log.stream_max_entries,
         timeout_s=settings.log.timeout_s, retry_s=settings.log.retry_s,
     )  # fmt: skip
     engine = Engine(
-        runner, proposer, _scheduler(settings, num_blocks), FixedGamma(settings.engine.gamma),
+        runner, Proposers(members), _scheduler(settings, num_blocks), FixedGamma(settings.engine.gamma),
         Recorder(
             publisher, settings.log, target_fingerprint=pair.target_fingerprint, coupling=settings.engine.coupling
         ),
         coupling=settings.engine.coupling, lookahead=settings.engine.gamma_max + 1, hotswap=hotswap,
     )  # fmt: skip
-    if hotswap is not None and proposer is not None:
+    if hotswap is not None:
         hotswap.start()
-        proposer.runner.use(hotswap.model)
+        engine.proposers.use(hotswap.model, hotswap.version)
     Facts(database).put(PAIR, msgspec.to_builtins(pair))
     return Built(engine, publisher, hotswap)
 

@@ -11,18 +11,22 @@ from dataclasses import dataclass
 
 import torch
 
-from adapter.contracts import FLOOR_VERSION, FinishReason, Sampling
+from adapter.contracts import FLOOR_VERSION, FinishReason, Sampling, TokenLogprob
 from adapter.hotswap import HotSwap
 from kernels.sampling import shape_logits
 from kernels.verify import verify_gumbel, verify_maximal
-from serving.engine.controller import FixedGamma
+from serving.engine.control.base import Controller, RoundReport, StepReport, StepShape
+from serving.engine.logprobs import token_logprobs
 from serving.engine.parameters import row_params
-from serving.engine.proposer import DraftProposer, Proposal
+from serving.engine.proposers.base import Proposal
+from serving.engine.proposers.collection import Proposers
 from serving.engine.recorder import Recorder
-from serving.engine.runner import ModelRunner, Work
+from serving.engine.runner import ModelRunner, TargetOutput, Work
 from serving.engine.scheduler import Plan, Scheduler
 from serving.engine.sequence import Sequence
 from serving.engine.stats import EngineStats
+
+Verdict = tuple[int, int]  # how many drafted tokens were accepted, and the target's own next token
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,14 @@ class Delivery:
     token_ids: list[int]
     finish_reason: FinishReason | None
     sequence: Sequence
+    logprobs: list[TokenLogprob] | None = None
 
 
 class Engine:
-    """Target, proposer and caches, and the requests that run on them.
+    """Target, proposers and caches, and the requests that run on them.
 
     Args:
-        proposer: None serves without speculation.
+        proposers: may be empty, which serves without speculation.
         hotswap: None keeps the base draft for good.
         lookahead: most tokens a round may commit, gamma_max + 1.
         clock: monotonic seconds.
@@ -48,9 +53,9 @@ class Engine:
     def __init__(
         self,
         target: ModelRunner,
-        proposer: DraftProposer | None,
+        proposers: Proposers,
         scheduler: Scheduler,
-        controller: FixedGamma,
+        controller: Controller,
         recorder: Recorder,
         *,
         coupling: str,
@@ -59,7 +64,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.target = target
-        self.proposer = proposer
+        self.proposers = proposers
         self.scheduler = scheduler
         self.controller = controller
         self.recorder = recorder
@@ -98,30 +103,38 @@ class Engine:
         self._follow_registry()
         plans = self.scheduler.next_batch(self._lookahead)
         ready = [plan.sequence for plan in plans if plan.ready]
-        proposals = self._propose(ready)
-        logits = self._run_target(plans, proposals)
-        verdicts, first_rows = self._judge(logits, ready, proposals)
-        deliveries = self._commit(logits, first_rows, ready, proposals, verdicts)
-        self.stats.step(plans, self._clock() - begin)
+        shape = self._shape(plans, ready)
+        proposals = self._propose(ready, shape)
+        proposed = self._clock()
+        output = self._run_target(plans, proposals)
+        verdicts, rows = self._judge(output.logits, ready, proposals)
+        judged = self._clock()
+        deliveries = self._commit(output, rows, ready, proposals, verdicts)
+        self._learn(plans, ready, proposals, verdicts, shape, (begin, proposed, judged, self._clock()))
         return deliveries
 
     # -- the stages of a step ----------------------------------------------------------------
 
     def _follow_registry(self) -> None:
         receipt = self.hotswap.poll() if self.hotswap else None
-        if receipt is not None and self.proposer is not None and self.hotswap is not None:
-            self.proposer.use(self.hotswap.model)
+        if receipt is not None and self.hotswap is not None:
+            self.proposers.use(self.hotswap.model, receipt.version)
             self.stats.swapped(receipt)
 
-    def _propose(self, ready: list[Sequence]) -> list[Proposal]:
-        if self.proposer is None:
-            return [Proposal() for _ in ready]
-        begin = self._clock()
-        proposals = self.proposer.propose(ready, self.controller.choose_gamma(ready))
-        self.stats.draft_s += self._clock() - begin
-        return proposals
+    def _shape(self, plans: list[Plan], ready: list[Sequence]) -> StepShape:
+        decoding = len(ready)
+        return StepShape(
+            prefill_tokens=sum(plan.num_new for plan in plans) - decoding,
+            context_tokens=sum(len(request.tokens) for request in ready),
+            version=self.version,
+        )
 
-    def _run_target(self, plans: list[Plan], proposals: list[Proposal]) -> torch.Tensor:
+    def _propose(self, ready: list[Sequence], shape: StepShape) -> list[Proposal]:
+        offers = self.proposers.offers(ready, self._lookahead - 1)
+        choices = self.controller.choose(ready, offers, shape)
+        return self.proposers.propose(ready, choices)
+
+    def _run_target(self, plans: list[Plan], proposals: list[Proposal]) -> TargetOutput:
         """Bring the target's cache up to date and get its logits at every drafted position."""
         drafts = iter(proposals)
         work = []
@@ -134,57 +147,98 @@ class Engine:
             request.num_target_kv = start + plan.num_new
             if request.started_s is None:
                 request.started_s = self._clock()
-        return self.target.forward(work) if work else torch.empty(0, 0)
+        return self.target.run(work, hidden=self.proposers.want_hidden_states)
 
     def _judge(
         self, logits: torch.Tensor, ready: list[Sequence], proposals: list[Proposal]
-    ) -> tuple[list[tuple[int, int]], list[int]]:
-        """Return (num_accepted, next token) of each ready request, and where its rows begin."""
+    ) -> tuple[list[Verdict], list[range]]:
+        """Return the verdict on each ready request's proposal, and which rows of the logits are its own."""
         samplings: list[Sampling] = []
         positions: list[int] = []
-        first_rows: list[int] = []
+        rows: list[range] = []
         for request, proposal in zip(ready, proposals, strict=True):
-            first_rows.append(len(positions))
-            rows = len(proposal.tokens) + 1
-            samplings.extend([request.sampling] * rows)
-            positions.extend(range(len(request.tokens), len(request.tokens) + rows))
+            count = len(proposal.tokens) + 1
+            rows.append(range(len(positions), len(positions) + count))
+            samplings.extend([request.sampling] * count)
+            positions.extend(range(len(request.tokens), len(request.tokens) + count))
         if not ready:
             return [], []
         params = row_params(samplings, positions)
-        scaled = shape_logits(logits, params)
+        scaled = shape_logits(_constrained(logits, rows, ready, proposals), params)
         drafts = [proposal.tokens for proposal in proposals]
         if self._coupling == "gumbel":
-            return verify_gumbel(scaled, params, drafts), first_rows
+            return verify_gumbel(scaled, params, drafts), rows
         laws = [torch.stack(item.scaled) if item.scaled else scaled[:0] for item in proposals]
-        return verify_maximal(scaled, params, drafts, laws), first_rows
+        return verify_maximal(scaled, params, drafts, laws), rows
 
     def _commit(
-        self, logits: torch.Tensor, first_rows: list[int], ready: list[Sequence], proposals: list[Proposal],
-        verdicts: list[tuple[int, int]],
+        self, output: TargetOutput, rows: list[range], ready: list[Sequence], proposals: list[Proposal],
+        verdicts: list[Verdict],
     ) -> list[Delivery]:  # fmt: skip
         """Append what was verified, roll both caches back by row, count and record."""
         kept_tokens = []
-        for request, proposal, (num_accepted, token) in zip(ready, proposals, verdicts, strict=True):
+        for request, proposal, own, (num_accepted, token) in zip(ready, proposals, rows, verdicts, strict=True):
             before = len(request.tokens)
             kept = request.commit([*proposal.tokens[:num_accepted], token])
             kept_tokens.append(kept)
             request.num_target_kv = before + min(num_accepted, len(kept))
-            DraftProposer.commit(request, before, len(proposal.tokens), num_accepted)
-            request.count(self.version, len(proposal.tokens), num_accepted)
+            if request.constraints is not None:
+                request.constraints.commit(kept)
+            hidden = None if output.hidden is None else output.hidden[own.start : own.stop]
+            self.proposers.committed(request, before, proposal, num_accepted, hidden)
+            request.count(proposal.version, len(proposal.tokens), num_accepted)
             if request.first_token_s is None:
                 request.first_token_s = self._clock()
         accepted = [verdict[0] for verdict in verdicts]
-        self.recorder.record(logits, first_rows, ready, proposals, kept_tokens, accepted, self.version)
+        self.recorder.record(output.logits, rows, ready, proposals, kept_tokens, accepted)
         deliveries = []
-        for request, proposal, kept, count in zip(ready, proposals, kept_tokens, accepted, strict=True):
-            self.stats.round(len(proposal.tokens), count, len(kept))
-            deliveries.append(Delivery(request.request_id, kept, request.finish_reason, request))
+        for request, proposal, own, kept, count in zip(ready, proposals, rows, kept_tokens, accepted, strict=True):
+            self.scheduler.committed(request)
+            self.stats.round(proposal, count, len(kept))
+            logprobs = token_logprobs(output.logits[own.start : own.stop], kept, request.logprobs)
+            deliveries.append(Delivery(request.request_id, kept, request.finish_reason, request, logprobs))
             if request.finish_reason is not None:
                 self._close(request, request.num_generated)
         return deliveries
 
+    def _learn(
+        self, plans: list[Plan], ready: list[Sequence], proposals: list[Proposal], verdicts: list[Verdict],
+        shape: StepShape, times: tuple[float, float, float, float],
+    ) -> None:  # fmt: skip
+        """Tell the controller and the counters what the step cost and brought."""
+        if not plans:
+            return
+        begin, proposed, judged, done = times
+        rounds = [
+            RoundReport(request, proposal.proposer, len(proposal.tokens), count)
+            for request, proposal, (count, _) in zip(ready, proposals, verdicts, strict=True)
+        ]
+        num_rows = sum(plan.num_new for plan in plans) + sum(item.num_drafted for item in rounds)
+        self.controller.observe(
+            StepReport(
+                shape=shape, rounds=rounds, rows=num_rows, draft_forwards=tuple(self.proposers.draft_forwards),
+                propose_s=proposed - begin, target_s=judged - proposed, step_s=done - begin,
+            )
+        )  # fmt: skip
+        self.stats.step(done - begin, proposed - begin)
+
     def _close(self, request: Sequence, delivered_tokens: int) -> None:
         del self._requests[request.request_id]
         self.scheduler.remove(request)
+        self.proposers.ended(request)
+        self.controller.forget(request)
         self.recorder.finish(request, delivered_tokens, self._clock())
         self.stats.finished(request, delivered_tokens)
+
+
+def _constrained(
+    logits: torch.Tensor, rows: list[range], ready: list[Sequence], proposals: list[Proposal]
+) -> torch.Tensor:
+    """Put each request's own constraints on its rows, in a copy: the log keeps what the target said."""
+    if all(request.constraints is None for request in ready):
+        return logits
+    shaped = logits.clone()
+    for request, own, proposal in zip(ready, rows, proposals, strict=True):
+        if request.constraints is not None:
+            request.constraints.apply(shaped[own.start : own.stop], proposal.tokens)
+    return shaped

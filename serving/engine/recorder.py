@@ -28,7 +28,7 @@ from adapter.contracts import (
 )
 from adapter.settings import LogSettings
 from kernels.reference import sparse_log_probs
-from serving.engine.proposer import Proposal
+from serving.engine.proposers.base import Proposal
 from serving.engine.sequence import Sequence
 
 
@@ -75,21 +75,20 @@ class Recorder:
     def record(
         self,
         logits: torch.Tensor,
-        first_rows: SequenceOf[int],
+        own_rows: SequenceOf[range],
         requests: SequenceOf[Sequence],
         proposals: SequenceOf[Proposal],
         kept: SequenceOf[list[int]],
         accepted: SequenceOf[int],
-        version: int,
     ) -> None:
         """Record a step.
 
-        Shapes: logits [rows, vocab] float32 of the target; request i's rows start at first_rows[i]
-        and its committed tokens are kept[i].
+        Shapes: logits [rows, vocab] float32 of the target; own_rows[i] are request i's, and kept[i]
+        its committed tokens.
         """
         if not self._settings.enabled:
             return
-        rows = [start + j for start, tokens in zip(first_rows, kept, strict=True) for j in range(len(tokens))]
+        rows = [own.start + j for own, tokens in zip(own_rows, kept, strict=True) for j in range(len(tokens))]
         if not rows:
             return
         wanted = logits if len(rows) == len(logits) else logits[torch.tensor(rows)]
@@ -98,7 +97,7 @@ class Recorder:
         row = 0
         for request, proposal, tokens, count in zip(requests, proposals, kept, accepted, strict=True):
             end = row + len(tokens)
-            self._append(request, proposal, len(tokens), count, version, topk_ids[row:end], topk_logprobs[row:end])
+            self._append(request, proposal, len(tokens), count, topk_ids[row:end], topk_logprobs[row:end])
             row = end
 
     def finish(self, request: Sequence, delivered_tokens: int, now_s: float) -> None:
@@ -116,14 +115,15 @@ class Recorder:
                 prompt_tokens=request.prompt_tokens, delivered_tokens=delivered_tokens,
                 plain_rounds=request.plain_rounds,
                 by_version=tuple(VersionCounts(version=v, counts=c) for v, c in request.by_version.items()),
-                accepted_by_position=tuple(request.accepted_by_position), queue_s=started - request.arrived_s,
+                accepted_by_position=tuple(request.accepted_by_position), unversioned=request.unversioned,
+                cached_tokens=request.num_cached_tokens, queue_s=started - request.arrived_s,
                 first_token_s=(request.first_token_s or now_s) - request.arrived_s,
                 total_s=now_s - request.arrived_s, finished_at_s=self._clock(),
             ),
         )  # fmt: skip
 
     def _append(
-        self, request: Sequence, proposal: Proposal, num_kept: int, num_accepted: int, version: int,
+        self, request: Sequence, proposal: Proposal, num_kept: int, num_accepted: int,
         topk_ids: np.ndarray, topk_logprobs: np.ndarray,
     ) -> None:  # fmt: skip
         if not num_kept:
@@ -132,15 +132,17 @@ class Recorder:
         first = len(request.tokens) - num_kept
         if not entry.count:
             entry.first = first
-        if proposal.tokens and (not entry.versions or entry.versions[-1].version != version):
+        version = proposal.version  # what was matched, not drafted by a model, says nothing about a draft
+        judged = proposal.tokens if version is not None else []
+        if version is not None and (not entry.versions or entry.versions[-1].version != version):
             if entry.versions and entry.versions[-1].start == first:
                 entry.versions.pop()  # carried over from the last flush, and drafted nothing since
             entry.versions.append(VersionSpan(first, version))
         for j in range(num_kept):
-            drafted = j < len(proposal.tokens)
+            drafted = j < len(judged)
             verdict = Verdict.UNDRAFTED if not drafted else Verdict(int(j < num_accepted))
             entry.verdicts.append(verdict)
-            entry.draft_ids.append(proposal.tokens[j] if drafted else 0)
+            entry.draft_ids.append(judged[j] if drafted else 0)
             entry.draft_logprobs.append(proposal.logprobs[j] if drafted else 0.0)
         entry.topk_ids.append(topk_ids)
         entry.topk_logprobs.append(topk_logprobs)

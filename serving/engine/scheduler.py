@@ -59,6 +59,9 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._release(sequence)
 
+    def committed(self, sequence: Sequence) -> None:
+        """Hear that a request gained tokens."""
+
     def next_batch(self, lookahead: int) -> list[Plan]:
         """Admit what fits and plan a step in which every request may write `lookahead` tokens ahead.
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from adapter.contracts import Counts, FinishReason, Sampling
+
+if TYPE_CHECKING:
+    from serving.engine.constraints import Constraints
 
 
 @dataclass(slots=True)
@@ -26,6 +30,12 @@ class Sequence:
     segment: str
     gamma: int | None  # the request's own choice; None leaves it to the server
     arrived_s: float
+    version: int | None = None  # the draft version it is pinned to
+    priority: int = 0  # lower runs first
+    cache_salt: str = ""
+    logprobs: int | None = None  # alternatives reported a token
+    constraints: Constraints | None = None  # penalties, bias, grammar: whatever makes its law its own
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it was first admitted
     block_table: list[int] = field(default_factory=list)
     num_target_kv: int = 0
     num_draft_kv: int = 0
@@ -34,6 +44,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     plain_rounds: int = 0
     by_version: dict[int, Counts] = field(default_factory=dict)
+    unversioned: Counts = Counts()
     accepted_by_position: list[int] = field(default_factory=list)
 
     @property
@@ -58,13 +69,16 @@ class Sequence:
             self.finish_reason = "length"
         return kept
 
-    def count(self, version: int, num_drafted: int, num_accepted: int) -> None:
+    def count(self, version: int | None, num_drafted: int, num_accepted: int) -> None:
         """Count one round; a round without drafted tokens says nothing about a draft."""
         if not num_drafted:
             self.plain_rounds += 1
             return
         examined = min(num_accepted + 1, num_drafted)
         one = Counts(num_rounds=1, num_drafted=num_drafted, num_examined=examined, num_accepted=num_accepted)
+        if version is None:
+            self.unversioned += one
+            return
         self.by_version[version] = self.by_version.get(version, Counts()) + one
         short = num_accepted - len(self.accepted_by_position)
         self.accepted_by_position.extend([0] * max(0, short))

@@ -18,6 +18,7 @@ import zmq
 
 from adapter.facts import SWAPS, Facts
 from serving import ipc
+from serving.engine.admission import Admission, Refusal
 from serving.engine.build import Built
 from serving.engine.engine import Delivery
 from serving.engine.sequence import Sequence
@@ -49,7 +50,7 @@ class EngineServer:
         self.engine = built.engine
         self._built = built
         self._max_waiting = max_waiting
-        self._max_model_len = max_model_len
+        self._admission = Admission(built, max_model_len)
         self._facts = facts
         self._clock = clock
         self._engine_id = uuid.uuid4().hex[:8]
@@ -103,27 +104,19 @@ class EngineServer:
                 self._greet(peer, message.name)
 
     def _submit(self, peer: bytes, message: ipc.Submit) -> None:
-        total = len(message.token_ids) + message.max_tokens
-        if total > self._max_model_len:
-            self._refuse(peer, message.request_id, 400, f"{total} tokens do not fit into {self._max_model_len}")
-            return
         scheduler = self.engine.scheduler  # a burst arrives between two steps, before anyone could join
-        if len(scheduler.waiting) >= self._max_waiting + scheduler.free_places:
-            text = f"the server is busy: {self._max_waiting} requests wait already; try again later"
-            self._refuse(peer, message.request_id, 429, text)
+        try:
+            if len(scheduler.waiting) >= self._max_waiting + scheduler.free_places:
+                raise Refusal(429, f"the server is busy: {self._max_waiting} requests wait already; try again later")
+            request = self._admission.to_sequence(message, self._clock())
+        except Refusal as refusal:
+            answer = ipc.Refused(
+                request_id=message.request_id, status=refusal.status, message=str(refusal), param=refusal.param
+            )
+            self._send(peer, answer)
             return
         self._owners[message.request_id] = peer
-        self.engine.submit(
-            Sequence(
-                request_id=message.request_id, tokens=list(message.token_ids),
-                prompt_tokens=len(message.token_ids), max_tokens=message.max_tokens, sampling=message.sampling,
-                end_tokens=frozenset(message.end_tokens), segment=message.segment, gamma=message.gamma,
-                arrived_s=self._clock(),
-            )
-        )  # fmt: skip
-
-    def _refuse(self, peer: bytes, request_id: str, status: int, text: str) -> None:
-        self._send(peer, ipc.Refused(request_id=request_id, status=status, message=text))
+        self.engine.submit(request)
 
     def _greet(self, peer: bytes, name: str) -> None:
         """Adopt an API process; what a dead predecessor of the same name had running is ended."""
@@ -145,8 +138,12 @@ class EngineServer:
             self._send(
                 peer,
                 ipc.Tokens(
-                    request_id=delivery.request_id, token_ids=delivery.token_ids, finish_reason=delivery.finish_reason
-                ),
+                    request_id=delivery.request_id,
+                    token_ids=delivery.token_ids,
+                    finish_reason=delivery.finish_reason,
+                    logprobs=delivery.logprobs,
+                    summary=_summary(delivery.sequence) if delivery.finish_reason else None,
+                ),  # fmt: skip
             )
 
     def _send(self, peer: bytes, message: ipc.ToApi) -> None:
@@ -200,3 +197,11 @@ class EngineServer:
         ]  # fmt: skip
         value = {"swaps": rows, "median_step_ms": self.engine.stats.median_step_ms}
         threading.Thread(target=self._facts.put, args=(SWAPS, value), daemon=True).start()
+
+
+def _summary(request: Sequence) -> ipc.Summary:
+    return ipc.Summary(
+        cached_tokens=request.num_cached_tokens, plain_rounds=request.plain_rounds,
+        counts=sum(request.by_version.values(), request.unversioned),
+        accepted_by_position=list(request.accepted_by_position),
+    )  # fmt: skip

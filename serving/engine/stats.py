@@ -6,7 +6,7 @@ import statistics
 from collections import Counter, deque
 
 from adapter.hotswap import SwapReceipt
-from serving.engine.scheduler import Plan
+from serving.engine.proposers.base import Proposal
 from serving.engine.sequence import Sequence
 
 _RECENT = 512
@@ -31,16 +31,17 @@ class EngineStats:
         self.swaps: list[SwapReceipt] = []  # the last hundred
         self._recent_s: deque[float] = deque(maxlen=_RECENT)
 
-    def step(self, plans: list[Plan], seconds: float) -> None:
+    def step(self, seconds: float, propose_s: float) -> None:
         """Count a step that did something."""
-        if plans:
-            self.steps += 1
-            self.step_s += seconds
-            self._recent_s.append(seconds)
+        self.steps += 1
+        self.step_s += seconds
+        self.draft_s += propose_s
+        self._recent_s.append(seconds)
 
-    def round(self, num_drafted: int, num_accepted: int, num_kept: int) -> None:
+    def round(self, proposal: Proposal, num_accepted: int, num_kept: int) -> None:
         """Count one round of one request."""
         self.generated_tokens += num_kept
+        num_drafted = len(proposal.tokens)
         if not num_drafted:
             return
         self.rounds += 1

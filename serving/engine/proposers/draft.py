@@ -1,0 +1,172 @@
+"""Draft tokens with a small model, for the whole batch at once, on its own KV pool."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from adapter.contracts import FLOOR_VERSION
+from kernels.noise import Purpose
+from kernels.sampling import draw, shape_logits
+from serving.engine.parameters import row_params
+from serving.engine.proposers.base import Offer, Proposal
+from serving.engine.runner import ModelRunner, Work
+from serving.engine.sequence import Sequence
+
+
+class DraftProposer:
+    """Propose with a draft model on its own KV pool.
+
+    Args:
+        keep_laws: keep the law each token was drawn from; the maximal coupling needs it.
+        catch_up_tokens: most tokens of one request the draft reads in a round before it drafts; a longer
+            backlog takes several rounds, which run without speculation.
+        vocab: width of the target's logits; models of one tokenizer may pad theirs differently.
+        resident: finds the model of a draft version a request is pinned to; None when it is gone.
+    """
+
+    name = "draft"
+    wants_hidden_states = False
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        *,
+        keep_laws: bool,
+        vocab: int,
+        catch_up_tokens: int,
+        resident: Callable[[int], Any | None] = lambda version: None,
+    ) -> None:
+        self.runner = runner
+        self.version = FLOOR_VERSION
+        self.forwards: list[int] = []  # sizes, in tokens, of the forwards of the last `propose`
+        self._positions = int(runner.model.config.max_position_embeddings)
+        self._vocab = vocab
+        self._catch_up_tokens = catch_up_tokens
+        self._resident = resident
+        self._keep_laws = keep_laws
+        self._purpose = Purpose.DRAFT if keep_laws else Purpose.SAMPLE
+        self._poisoned = False
+
+    def use(self, model: Any, version: int) -> None:
+        """Draft with another model from now on; running requests keep their cache."""
+        if self._poisoned:  # a masked NaN is still a NaN: left there it would spoil every later draft
+            self.runner.pool.scrub()
+            self._poisoned = False
+        self.runner.use(model)
+        self.version = version
+
+    def offer(self, request: Sequence, limit: int) -> Offer:
+        """Offer what fits into the positions the draft knows; beyond them the request decodes plainly."""
+        room = self._positions - len(request.tokens)
+        return Offer(max(0, min(limit, room)), backlog_tokens=len(request.tokens) - request.num_draft_kv)
+
+    @torch.inference_mode()
+    def propose(self, requests: list[Sequence], gammas: list[int]) -> list[Proposal]:
+        """Draft gammas[i] tokens for requests[i]; 0 costs nothing and leaves the draft's cache behind."""
+        self.forwards = []
+        proposals = [Proposal() for _ in requests]
+        groups: dict[int, list[int]] = {}
+        for i, gamma in enumerate(gammas):
+            if gamma > 0:
+                groups.setdefault(self._version_of(requests[i]), []).append(i)
+        for version, members in groups.items():
+            model = self.runner.model if version == self.version else self._resident(version)
+            self._draft(model, version, members, requests, gammas, proposals)
+        return proposals
+
+    def committed(
+        self, request: Sequence, before: int, proposal: Proposal, num_accepted: int, hidden: torch.Tensor | None
+    ) -> None:
+        """Note how much of the draft's cache is still true after a round.
+
+        The draft has read every drafted token but the last, so after a full acceptance it lacks one
+        more token than the target does; the next round's catch-up brings it.
+        """
+        if proposal.tokens and proposal.proposer == self.name:
+            request.num_draft_kv = before + min(num_accepted, len(proposal.tokens) - 1)
+
+    def ended(self, request: Sequence) -> None:
+        """Keep nothing about requests."""
+
+    def _version_of(self, request: Sequence) -> int:
+        pinned = request.version
+        return self.version if pinned is None or self._resident(pinned) is None else pinned
+
+    def _draft(
+        self, model: Any, version: int, active: list[int], requests: list[Sequence], gammas: list[int],
+        proposals: list[Proposal],
+    ) -> None:  # fmt: skip
+        """Draft for the requests `active` points at, all with one model."""
+        behind = [i for i in active if len(requests[i].tokens) - requests[i].num_draft_kv > self._catch_up_tokens]
+        active = [i for i in active if i not in behind]
+        work = [self._catch_up(requests[i]) for i in active] + [self._catch_up(requests[i]) for i in behind]
+        if behind and not active:
+            self._forward(work, model)
+        while active:
+            logits = self._fit(self._forward(work, model))
+            self._draw(logits, requests, proposals, active, version)
+            active = [i for i in active if len(proposals[i].tokens) < gammas[i]]
+            work = [
+                Work(
+                    requests[i].block_table,
+                    len(requests[i].tokens) + len(proposals[i].tokens) - 1,
+                    proposals[i].tokens[-1:],
+                    1,
+                )
+                for i in active
+            ]
+
+    def _forward(self, work: list[Work], model: Any) -> torch.Tensor:
+        self.forwards.append(sum(len(item.token_ids) for item in work))
+        return self.runner.forward(work, model)
+
+    def _fit(self, logits: torch.Tensor) -> torch.Tensor:
+        """Cut or pad to the target's width: a token the target does not have must never be proposed."""
+        wide = logits[:, : self._vocab]
+        return torch.nn.functional.pad(wide, (0, self._vocab - wide.shape[1]), value=-torch.inf)
+
+    def _catch_up(self, request: Sequence) -> Work:
+        start = request.num_draft_kv
+        missing = request.tokens[start : start + self._catch_up_tokens]
+        known = self.runner.model.config.vocab_size
+        if known < self._vocab:  # an id the draft has no row for: it may read anything there, but must not fail
+            missing = [min(token, known - 1) for token in missing]
+        request.num_draft_kv = start + len(missing)
+        return Work(request.block_table, start, missing, int(request.num_draft_kv == len(request.tokens)))
+
+    def _draw(
+        self, logits: torch.Tensor, requests: list[Sequence], proposals: list[Proposal], active: list[int],
+        version: int,
+    ) -> None:  # fmt: skip
+        positions = [len(requests[i].tokens) + len(proposals[i].tokens) for i in active]
+        params = row_params([requests[i].sampling for i in active], positions)
+        shaped = self._constrained(logits, requests, proposals, active)
+        scaled = shape_logits(shaped, params)
+        drawn = draw(scaled, params, self._purpose)
+        logprobs = logits.gather(1, drawn[:, None]).squeeze(1) - torch.logsumexp(logits, dim=-1)
+        self._poisoned = self._poisoned or not math.isfinite(float(logprobs.sum()))
+        for row, (i, token, logprob) in enumerate(zip(active, drawn.tolist(), logprobs.tolist(), strict=True)):
+            proposals[i].tokens.append(token)
+            proposals[i].logprobs.append(logprob)
+            proposals[i].proposer, proposals[i].version = self.name, version
+            if self._keep_laws:
+                proposals[i].scaled.append(scaled[row])
+
+    @staticmethod
+    def _constrained(
+        logits: torch.Tensor, requests: list[Sequence], proposals: list[Proposal], active: list[int]
+    ) -> torch.Tensor:
+        """Put the requests' own constraints on the draft too: what the target cannot say is not worth drafting."""
+        rows = [row for row, i in enumerate(active) if requests[i].constraints is not None]
+        if not rows:
+            return logits
+        shaped = logits.clone()
+        for row in rows:
+            constraints, drafted = requests[active[row]].constraints, proposals[active[row]].tokens
+            if constraints is not None:
+                constraints.apply(shaped[row : row + 1], drafted, first=len(drafted))
+        return shaped
