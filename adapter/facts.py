@@ -14,6 +14,8 @@ PAIR = "pair"  # written by the engine: target path, dtype, fingerprints, draft 
 SERVING = "serving"  # written by the API process: its URL and pid
 DRIFT = "drift"  # written by the watcher: detector state per segment
 WATCHER = "watcher"  # written by the watcher: loop state, cool-down, counters
+ENGINE = "engine"  # written by the engine: its load and its measured speed-up
+ADVICE = "advice"  # written by the watcher: whether this traffic should be speculated on
 SWAPS = "swaps"  # written by the engine: the last swaps with their pause in milliseconds
 
 

@@ -36,6 +36,7 @@ class EngineSettings(_Section):
     block_tokens: int = Field(16, ge=1, le=256, description="tokens of one KV block")
     prefill_tokens: int = Field(512, ge=16, description="prompt tokens processed in one step at the most")
     max_waiting: int = Field(256, ge=1, description="requests queued before new ones get a 429")
+    prefix_cache: bool = Field(True, description="share the cached keys and values of equal prompt beginnings")
     gamma: int = Field(2, ge=0, le=16, description="tokens drafted in a round, unless a request says otherwise")
     gamma_max: int = Field(8, ge=0, le=16, description="the most a request may ask for")
     coupling: Literal["gumbel", "maximal"] = Field(

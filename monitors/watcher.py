@@ -22,17 +22,19 @@ from adapter import tables
 from adapter.accounting import Accounting
 from adapter.alerting import Alerts
 from adapter.contracts import RegistryError
-from adapter.facts import DRIFT, WATCHER, Facts
+from adapter.facts import ADVICE, DRIFT, ENGINE, WATCHER, Facts
 from adapter.jobs import Jobs
 from adapter.registry import Registry
 from adapter.settings import Settings
 from adapter.versions import Live
 from monitors.acceptance import OutcomeReader, observations_of
+from monitors.advisor import EngineLoad, advise
 from monitors.alerts import AlertDesk, Notifier
 from monitors.announcer import Announcer
 from monitors.loop import LearningLoop, LoopState
 from monitors.metrics import Metrics
 from monitors.segments import SegmentBook
+from monitors.traffic import TrafficWindow
 
 log = structlog.get_logger(__name__)
 
@@ -78,6 +80,8 @@ class Watcher:
         self._down_since_s: float | None = None
         self._pruned_at_s = float("-inf")
         drift = self._facts.get(DRIFT) or {}
+        self._traffic = TrafficWindow()
+        self._prefix_cache = settings.engine.prefix_cache
         self.book = SegmentBook(settings.monitors)
         if drift.get("layout") == _STATE:
             self.book.restore(drift["versions"])
@@ -104,6 +108,7 @@ class Watcher:
         live = self._live() if outcomes else None
         for outcome in outcomes:
             self._metrics.count(outcome, live)
+            self._traffic.add(outcome)
             for observation in observations_of(outcome):
                 self.loop.observe(observation)
         self._watch_redis()
@@ -127,6 +132,7 @@ class Watcher:
             },
         )
         self._save_watcher()
+        self._advise()
         self.reader.committed()
         self._show()
         self._prune()
@@ -164,6 +170,12 @@ class Watcher:
             self._desk.open(
                 "RedisDown", "redis", "ticket", "Redis cannot be reached: serving goes on, learning is paused"
             )
+
+    def _advise(self) -> None:
+        said = self._facts.get(ENGINE) or {}
+        load = msgspec.convert({**said, "prefix_cache": self._prefix_cache}, EngineLoad, strict=False)
+        advice = advise(self._traffic.summarise(), load)
+        self._facts.put(ADVICE, msgspec.to_builtins(advice) | {"at_s": self._clock()})
 
     def _prune(self) -> None:
         """Forget windows that no chart shows any more."""

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from adapter.contracts import DraftsmithError
 from adapter.settings import Settings, child_environment, load_settings
-from serving import cli_drafts, cli_views
+from serving import cli_advice, cli_drafts, cli_views
 
 app = typer.Typer(
     name="draftsmith", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -84,6 +84,12 @@ def watch(dashboard_port: DashboardPort = None, data_dir: DataDir = None, host: 
 def status(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """Show what is served, how well the draft does, and which processes run."""
     cli_views.show_status(load_settings(data_dir=data_dir), as_json)
+
+
+@app.command()
+def advise(data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """Say whether this traffic should be speculated on, with the numbers, and what would pay instead."""
+    cli_advice.show_advice(load_settings(data_dir=data_dir), as_json)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

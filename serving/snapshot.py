@@ -20,6 +20,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     step_s: float
     draft_s: float
     median_step_ms: float
+    median_batch: float | None
     rounds: int
     drafted: int
     examined: int

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from adapter.database import migrate, open_database
-from adapter.facts import PAIR, SERVING, Facts
+from adapter.facts import ADVICE, PAIR, SERVING, Facts
 from adapter.registry import Registry
 from serving import cli
 
@@ -152,6 +152,23 @@ def test_a_folder_without_a_deployment_is_refused_and_left_alone(run, tmp_path, 
 
 
 # -- flags and settings ----------------------------------------------------------------------
+
+
+def test_advise_prints_what_the_watcher_wrote_and_says_when_it_is_old(run, data):
+    """Without a watcher the refusal says what to start; an old answer is shown and called old."""
+    _assert_refused(run("advise", "--data-dir", data), "nobody watched", "draftsmith watch")
+    signal = {"name": "answer length", "value": 9.0, "leaning": "against", "sentence": "Half have 9 tokens or fewer."}
+    said = {
+        "verdict": "do not speculate", "sentence": "Speculation costs speed here: measured 0.80x.", "requests": 44,
+        "signals": [signal], "instead": ["Smaller gamma: token 2 is kept in 3% of rounds."], "at_s": 1000.0,
+    }  # fmt: skip
+    Facts(open_database(f"sqlite:///{data / 'draftsmith.db'}")).put(ADVICE, said)
+    status, out, _ = run("advise", "--data-dir", data)
+    assert status == 0
+    for words in ("do not speculate", "44 requests", "0.80x", "against", "Smaller gamma", "watcher is not running"):
+        assert words in out
+    status, out, _ = run("advise", "--json", "--data-dir", data)
+    assert status == 0 and json.loads(out) == said
 
 
 def test_settings_that_do_not_exist_are_refused(run, monkeypatch, tmp_path):

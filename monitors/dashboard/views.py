@@ -14,7 +14,7 @@ from sqlalchemy import Engine, Integer, Select, cast, func, select
 from adapter.accounting import Window, summarise
 from adapter.alerting import Alerts
 from adapter.contracts import FLOOR_VERSION, RegistryError
-from adapter.facts import DRIFT, PAIR, WATCHER, Facts
+from adapter.facts import ADVICE, DRIFT, PAIR, WATCHER, Facts
 from adapter.jobs import OPEN_STATES, Job, Jobs
 from adapter.registry import Registry
 from adapter.tables import windows
@@ -57,6 +57,7 @@ def overview(engine: Engine, now_s: float) -> dict[str, Any]:
         "loop": {"phase": loop.get("phase"), "sentence": loop.get("sentence"), "since_s": loop.get("since_s")},
         "attention": _attention(alerts, watcher, live, now_s),
         "now": now,
+        "advice": facts.get(ADVICE),
         "segments": _segments(engine, live, drift.get("shown") or {}, now_s),
         "versions": _versions(engine, drafts, live, now_s),
         "job": _job(jobs, now_s),

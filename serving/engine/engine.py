@@ -220,7 +220,7 @@ class Engine:
                 propose_s=proposed - begin, target_s=judged - proposed, step_s=done - begin,
             )
         )  # fmt: skip
-        self.stats.step(done - begin, proposed - begin)
+        self.stats.step(done - begin, proposed - begin, len(ready))
 
     def _close(self, request: Sequence, delivered_tokens: int) -> None:
         del self._requests[request.request_id]

@@ -6,7 +6,6 @@ requests run the socket is only polled; while none run the loop sleeps on it.
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -16,16 +15,18 @@ import msgspec
 import structlog
 import zmq
 
-from adapter.facts import SWAPS, Facts
+from adapter.facts import ENGINE, SWAPS, Facts
 from serving import ipc
 from serving.engine.admission import Admission, Refusal
 from serving.engine.build import Built
 from serving.engine.engine import Delivery
+from serving.engine.facts_writer import FactsWriter
 from serving.engine.sequence import Sequence
 from serving.snapshot import Snapshot
 
 log = structlog.get_logger(__name__)
 
+_LOAD_EVERY_S = 5.0
 _IDLE_WAIT_MS = 50  # also how soon an idle engine notices a new draft version
 
 
@@ -51,7 +52,8 @@ class EngineServer:
         self._built = built
         self._max_waiting = max_waiting
         self._admission = Admission(built, max_model_len)
-        self._facts = facts
+        self._facts = FactsWriter(facts)
+        self._last_load_s = float("-inf")
         self._clock = clock
         self._engine_id = uuid.uuid4().hex[:8]
         self._owners: dict[str, bytes] = {}
@@ -81,6 +83,7 @@ class EngineServer:
                     self._deliver(delivery)
                 self._send_snapshot()
         finally:
+            self._facts.stop()
             self._socket.close()
             self._context.term()
 
@@ -163,6 +166,9 @@ class EngineServer:
         for peer in self._peers.values():
             self._send(peer, message)
         self._publish_swaps()
+        if now - self._last_load_s >= _LOAD_EVERY_S:
+            self._last_load_s = now
+            self._facts.offer(ENGINE, msgspec.to_builtins(message))
 
     def _snapshot(self) -> Snapshot:
         engine, stats, log_stats = self.engine, self.engine.stats, self._built.publisher.stats()
@@ -175,7 +181,7 @@ class EngineServer:
             generation=swap.generation if swap else 0, running=len(scheduler.running),
             waiting=len(scheduler.waiting), kv_usage=1 - scheduler.free_blocks / usable,
             preempted=scheduler.num_preempted, steps=stats.steps, step_s=stats.step_s, draft_s=stats.draft_s,
-            median_step_ms=stats.median_step_ms, rounds=stats.rounds, drafted=stats.drafted,
+            median_step_ms=stats.median_step_ms, median_batch=stats.median_batch, rounds=stats.rounds, drafted=stats.drafted,
             examined=stats.examined, accepted=stats.accepted,
             accepted_by_position=[stats.accepted_by_position[i] for i in range(positions)],
             prompt_tokens=stats.prompt_tokens, generated_tokens=stats.generated_tokens,
@@ -186,7 +192,7 @@ class EngineServer:
         )  # fmt: skip
 
     def _publish_swaps(self) -> None:
-        """Leave the last swaps where the CLI and the dashboard find them, from a thread of its own."""
+        """Leave the last swaps where the CLI and the dashboard find them."""
         swaps = self.engine.stats.swaps
         if self.engine.stats.num_swaps == self._swaps_written:
             return
@@ -196,7 +202,7 @@ class EngineServer:
              "at_s": s.at_s} for s in swaps
         ]  # fmt: skip
         value = {"swaps": rows, "median_step_ms": self.engine.stats.median_step_ms}
-        threading.Thread(target=self._facts.put, args=(SWAPS, value), daemon=True).start()
+        self._facts.offer(SWAPS, value)
 
 
 def _summary(request: Sequence) -> ipc.Summary:

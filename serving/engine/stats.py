@@ -30,9 +30,12 @@ class EngineStats:
         self.num_swaps = 0
         self.swaps: list[SwapReceipt] = []  # the last hundred
         self._recent_s: deque[float] = deque(maxlen=_RECENT)
+        self._recent_batches: deque[int] = deque(maxlen=_RECENT)
 
-    def step(self, seconds: float, propose_s: float) -> None:
-        """Count a step that did something."""
+    def step(self, seconds: float, propose_s: float, batch: int) -> None:
+        """Count a step that did something; `batch` requests ran a round in it."""
+        if batch:
+            self._recent_batches.append(batch)
         self.steps += 1
         self.step_s += seconds
         self.draft_s += propose_s
@@ -64,3 +67,8 @@ class EngineStats:
     def median_step_ms(self) -> float:
         """Median duration of the last few hundred steps, in milliseconds; 0 before the first."""
         return statistics.median(self._recent_s) * 1e3 if self._recent_s else 0.0
+
+    @property
+    def median_batch(self) -> float | None:
+        """Median number of requests decoded together, over the last few hundred decoding steps."""
+        return statistics.median(self._recent_batches) if self._recent_batches else None

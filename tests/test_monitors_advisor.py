@@ -1,0 +1,116 @@
+"""The advisor says what the numbers say, and a measured speed-up outranks every rule of thumb."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from adapter.contracts import SCHEMA_VERSION, Counts, RequestOutcome, Sampling, VersionCounts
+from monitors.advisor import Advice, EngineLoad, advise
+from monitors.traffic import TrafficWindow
+
+
+def outcome(number: int = 0, **more: object) -> RequestOutcome:
+    """A finished chat request with acceptance 0.7."""
+    rounds = Counts(num_rounds=40, num_drafted=80, num_examined=60, num_accepted=42)
+    base = RequestOutcome(
+        schema=SCHEMA_VERSION, request_id=str(number), segment="chat", finish_reason="stop",
+        sampling=Sampling(temperature=0.0), prompt_tokens=60, delivered_tokens=120, plain_rounds=0,
+        by_version=(VersionCounts(version=1, counts=rounds),), accepted_by_position=(30, 12), queue_s=0.0,
+        first_token_s=0.1, total_s=1.0, finished_at_s=float(number),
+    )  # fmt: skip
+    return msgspec.structs.replace(base, **more)
+
+
+def advice(load: EngineLoad, *rows: RequestOutcome, n: int = 40) -> Advice:
+    """Advice on n requests that look like `rows`, in turn."""
+    window = TrafficWindow()
+    for number in range(n):
+        window.add(msgspec.structs.replace(rows[number % len(rows)], request_id=str(number)))
+    return advise(window.summarise(), load)
+
+
+CHAT = EngineLoad(median_batch=2, kv_usage=0.2)
+
+
+def test_too_little_traffic_gets_no_advice() -> None:
+    """Below the least number of requests nothing is claimed, and the sentence says how many are missing."""
+    assert advise(None, CHAT).verdict == "too little traffic"
+    few = advice(CHAT, outcome(), n=29)
+    assert few.verdict == "too little traffic" and "29" in few.sentence and "30" in few.sentence
+
+
+def test_small_batch_chat_speculates() -> None:
+    """Batch 2, acceptance 0.7, long greedy answers: every sign speaks for it."""
+    said = advice(CHAT, outcome())
+    assert said.verdict == "speculate"
+    assert {signal.leaning for signal in said.signals[1:]} == {"for"}
+
+
+@pytest.mark.parametrize(
+    ("sign", "load", "row"),
+    [
+        ("decode batch", EngineLoad(median_batch=40, kv_usage=0.2), outcome()),
+        ("prefill per delivered token", CHAT, outcome(prompt_tokens=8000, delivered_tokens=200)),
+        ("answer length", CHAT, outcome(delivered_tokens=8, prompt_tokens=8)),
+        ("temperature", CHAT, outcome(sampling=Sampling(temperature=1.4))),
+        ("memory", EngineLoad(median_batch=2, kv_usage=0.97), outcome()),
+        ("memory", EngineLoad(median_batch=2, kv_usage=0.2, preempted=3), outcome()),
+    ],
+)
+def test_each_bad_sign_is_named(sign: str, load: EngineLoad, row: RequestOutcome) -> None:
+    """One sign against is enough to lose the clear yes, and the sentence names it."""
+    said = advice(load, row)
+    assert said.verdict != "speculate"
+    assert [signal.name for signal in said.signals if signal.leaning == "against"] == [sign]
+    assert sign in said.sentence
+
+
+def test_a_measured_loss_outranks_every_rule() -> None:
+    """Rules of thumb say yes; the measured interval lies below 1, so the answer is no. And the other way round."""
+    measured = {"speedup_windows": 30, "median_batch": 2, "kv_usage": 0.2}
+    loses = advice(EngineLoad(speedup=0.8, speedup_low=0.75, speedup_high=0.86, **measured), outcome())
+    assert loses.verdict == "do not speculate" and "0.80x" in loses.sentence
+    hot = outcome(sampling=Sampling(temperature=1.5), delivered_tokens=10, prompt_tokens=500)
+    wins = advice(EngineLoad(speedup=1.3, speedup_low=1.2, speedup_high=1.4, **measured), hot)
+    assert wins.verdict == "speculate"
+    open_ = advice(EngineLoad(speedup=1.0, speedup_low=0.9, speedup_high=1.1, **measured), hot)
+    assert open_.verdict != "speculate", "an interval around 1 decides nothing"
+
+
+def test_what_would_pay_instead_is_said_with_its_number() -> None:
+    """Prefix cache, smaller gamma, adaptation of one segment, another draft, matching: each when it fits."""
+    rag = outcome(prompt_tokens=4000, delivered_tokens=200)
+    assert any(
+        "engine.prefix_cache" in line
+        for line in advice(EngineLoad(median_batch=2, kv_usage=0.2, prefix_cache=False), rag).instead
+    )
+    assert any("Prompt order" in line for line in advice(CHAT, rag).instead)
+    assert not any(
+        "Prompt order" in line for line in advice(CHAT, msgspec.structs.replace(rag, cached_tokens=3600)).instead
+    )
+    steep = outcome(accepted_by_position=(30, 1, 0))
+    assert any("gamma" in line and "token 2" in line for line in advice(CHAT, steep).instead)
+    poor = Counts(num_rounds=40, num_drafted=80, num_examined=60, num_accepted=6)
+    code = outcome(segment="code", by_version=(VersionCounts(version=1, counts=poor),))
+    assert any("segment code" in line for line in advice(CHAT, outcome(), code, n=80).instead)
+    assert any("Another draft" in line for line in advice(CHAT, code).instead)
+    copied = outcome(unversioned=Counts(num_rounds=10, num_drafted=50, num_examined=50, num_accepted=45))
+    assert any("Matching" in line for line in advice(CHAT, copied).instead)
+
+
+def test_cancelled_requests_do_not_count() -> None:
+    """A client that left after two tokens says nothing about how long answers are."""
+    window = TrafficWindow()
+    for number in range(40):
+        window.add(outcome(number, finish_reason="cancelled", delivered_tokens=2))
+    assert window.summarise() is None
+
+
+def test_the_window_forgets() -> None:
+    """Yesterday's traffic leaves the window when enough of today's has come."""
+    window = TrafficWindow(size=50)
+    for number in range(200):
+        window.add(outcome(number, delivered_tokens=10 if number < 150 else 90))
+    traffic = window.summarise()
+    assert traffic is not None and traffic.requests == 50 and traffic.median_delivered == 90
