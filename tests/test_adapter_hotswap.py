@@ -166,7 +166,7 @@ def test_looking_again_changes_nothing(deployment):
     assert deployment.swapper.last is before
 
 
-def test_merged_weights_come_from_the_pristine_base_every_time(deployment):
+def test_adapter_w4_w8_merged_weights_come_from_the_pristine_base_every_time(deployment):
     """After many swaps through reused slots, W = W0 + s·B·A to the bit, and W0 itself is untouched."""
     slots, modules = deployment.swapper._slots, list(deployment.pair.lora_shapes)
     pristine = base_weights(slots.get(FLOOR_VERSION), modules)
@@ -279,7 +279,7 @@ def _assert_refused(deployment, version, reason):
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGE)
-def test_a_damaged_artifact_is_refused(deployment, damage, reason):
+def test_adapter_w6_a_damaged_artifact_is_refused(deployment, damage, reason):
     """It is quarantined with the reason, never served, and a running request is not disturbed (I4)."""
     version = deployment.publish()
     damage(deployment, version)
@@ -288,7 +288,7 @@ def test_a_damaged_artifact_is_refused(deployment, damage, reason):
 
 
 @pytest.mark.parametrize(("wrong", "reason"), WRONG)
-def test_a_wrong_artifact_is_refused(deployment, wrong, reason):
+def test_adapter_w5_a_wrong_artifact_is_refused(deployment, wrong, reason):
     """NaN, another shape, a missing tensor, another target or base, a norm out of bounds: refused (I4, W1, W6)."""
     version = deployment.publish(sha256=wrong(deployment).sha256)
     deployment.promote(version)

@@ -105,7 +105,7 @@ def test_gumbel_emits_the_targets_law(kind, case):
     ("kind", "case"),
     [("different", case) for case in CASES] + [(kind, CASES[0]) for kind in ("same", "disjoint", "certain")],
 )  # fmt: skip
-def test_maximal_emits_the_targets_law(kind, case):
+def test_kernels_d1_d3_d6_maximal_emits_the_targets_law(kind, case):
     """First tokens of 50,000 rounds, and second ones of the rounds that got there, follow the target's law."""
     emitted = _emit("maximal", kind, case, 3, N)
     assert _p_value(emitted, kind, case, 0) > P_BOUND
@@ -166,14 +166,14 @@ def test_gumbel_accepts_everything_of_the_same_law():
     assert {len(tokens) for tokens in emitted} == {CASES[3][3] + 1}
 
 
-def test_maximal_accepts_everything_of_the_same_law():
+def test_kernels_d2_d5_maximal_accepts_everything_of_the_same_law():
     """With p = q the ratio is one and no token is rejected, rounding included (D5)."""
     emitted = _emit("maximal", "same", CASES[3], 5, 2000)
     assert {len(tokens) for tokens in emitted} == {CASES[3][3] + 1}
 
 
 @pytest.mark.parametrize("rule", ["gumbel", "maximal"])
-def test_rows_of_a_mixed_batch_are_judged_alone(rule):
+def test_kernels_d4_rows_of_a_mixed_batch_are_judged_alone(rule):
     """Greedy and sampled requests with 0 to 3 drafted tokens in one call get what each gets alone (D4, K3)."""
     generator = torch.Generator().manual_seed(3)
     sizes = [0, 3, 1, 2, 0, 3]
@@ -211,7 +211,7 @@ def test_rows_of_a_mixed_batch_are_judged_alone(rule):
             assert following == best[kept]
 
 
-def test_a_broken_draft_law_still_emits_the_targets_law():
+def test_kernels_w6_a_broken_draft_law_still_emits_the_targets_law():
     """A draft of NaN is rejected and recovered from the target's own law (chi-square, 50,000 rounds; W6)."""
     p, _ = _laws("different")
     broken = torch.full((1, VOCAB), torch.nan)

@@ -107,7 +107,7 @@ def _mixed(ids: list[list[int]], gamma: int | None) -> list[Any]:
 
 @pytest.mark.parametrize("gamma", [0, 1, 3, 5])
 @pytest.mark.parametrize("batch", [1, 8])
-def test_greedy_equals_transformers(rig_for, ids, greedy, gamma, batch):
+def test_serving_r2_greedy_equals_transformers(rig_for, ids, greedy, gamma, batch):
     """Greedy tokens are those of transformers' generate, at batch 1 and 8 and every draft length."""
     rig, said = rig_for(), []
     for start in range(0, len(ids), batch):
@@ -116,7 +116,7 @@ def test_greedy_equals_transformers(rig_for, ids, greedy, gamma, batch):
     assert said == greedy
 
 
-def test_draft_length_may_change_every_round(rig_for, ids, greedy):
+def test_serving_r1_draft_length_may_change_every_round(rig_for, ids, greedy):
     """Each request gets another draft length, zero included, in every round (adaptive K)."""
     rig = rig_for()
     rig.engine.controller = Changing(1)
@@ -129,7 +129,7 @@ def test_seeded_sampling_equals_the_definition(rig_for, ids, sampled, gamma):
     assert rig_for().run(_mixed(ids, gamma)) == sampled
 
 
-def test_batch_mates_do_not_matter(rig_for, ids, sampled):
+def test_serving_r1_batch_mates_do_not_matter(rig_for, ids, sampled):
     """Alone, in pairs in another order, and joining late, every request says the same (R1)."""
     rig = rig_for()
     for alone in _mixed(ids, 3)[2:5]:
@@ -141,7 +141,7 @@ def test_batch_mates_do_not_matter(rig_for, ids, sampled):
 
 
 @pytest.mark.parametrize("gamma", [0, 3, 8])
-def test_preemption_changes_nothing(rig_for, ids, sampled, gamma):
+def test_serving_a1_preemption_changes_nothing(rig_for, ids, sampled, gamma):
     """With room for about two requests, the others give their blocks back and still say the same (A1)."""
     rig = rig_for(kv_tokens=208)
     before = rig.engine.scheduler.num_preempted
@@ -161,7 +161,7 @@ def test_batch_limit_queues_the_rest(rig_for, ids, sampled):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_swaps_never_change_the_text(rig_for, ids, sampled, exact):
+def test_serving_w7_swaps_never_change_the_text(rig_for, ids, sampled, exact):
     """Every third step another draft: random weights, zeros, NaN, infinity, the base again (I1, W4-W7)."""
     rig = rig_for(exact=exact)
     generator = torch.Generator().manual_seed(0)
@@ -192,7 +192,7 @@ def test_swaps_never_change_the_text(rig_for, ids, sampled, exact):
     assert [receipt.generation for receipt in rig.engine.stats.swaps][-1] == generation
 
 
-def test_a_broken_draft_leaves_nothing_behind(rig_for, ids):
+def test_serving_w6_a_broken_draft_leaves_nothing_behind(rig_for, ids):
     """After a NaN draft was served and replaced, acceptance of new requests is what it was before (W6, W7)."""
     rig = rig_for(exact=True)
     base = rig.built.hotswap._slots.get(0)
@@ -261,7 +261,7 @@ def distinct(models) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("gamma", [0, 1, 3, 5])
-def test_an_end_token_cuts_the_block(same, distinct, gamma):
+def test_serving_s1_eos_inside_block(same, distinct, gamma):
     """The end token at every offset of a block that is wholly accepted ends the answer right there (S1)."""
     prompt, said = distinct
     for offset, token in enumerate(said):
@@ -270,7 +270,7 @@ def test_an_end_token_cuts_the_block(same, distinct, gamma):
         assert item.finish_reason == "stop"
 
 
-def test_end_token_and_max_tokens_in_one_block(same, distinct):
+def test_serving_s3_end_token_and_max_tokens_in_one_block(same, distinct):
     """Whichever comes first wins; on a tie the reason is the end token (S3)."""
     prompt, said = distinct
     for limit in range(1, 8):
@@ -280,7 +280,7 @@ def test_end_token_and_max_tokens_in_one_block(same, distinct):
             assert item.finish_reason == ("stop" if offset < limit else "length")
 
 
-def test_a_drafts_end_token_ends_nothing(rig_for, ids, greedy):
+def test_serving_s4_a_drafts_end_token_ends_nothing(rig_for, ids, greedy):
     """A draft that proposes an end token everywhere does not end an answer (S4)."""
     rig = rig_for()
     never = next(token for token in range(3, 120) if all(token not in said for said in greedy))
@@ -312,7 +312,7 @@ def test_max_tokens_is_never_passed(same, ids, greedy):
 
 
 @pytest.mark.parametrize("gamma", [1, 3, 5])
-def test_the_target_as_its_own_draft_is_never_rejected(same, ids, greedy, gamma):
+def test_serving_k1_full_acceptance_leaves_no_hole(same, ids, greedy, gamma):
     """A full acceptance lacks one more token in the draft's cache; catching up keeps all later rounds true (K1)."""
     items = [request(str(i), prompt, N, gamma=gamma) for i, prompt in enumerate(ids)]
     assert same.run(items) == greedy
@@ -345,7 +345,7 @@ def _fresh(model: Any, tokens: list[int]) -> list[tuple[torch.Tensor, torch.Tens
 
 
 @pytest.mark.parametrize("kv_tokens", [208, 2048])
-def test_caches_equal_a_fresh_prefill_after_every_step(rig_for, models, ids, kv_tokens):
+def test_serving_k2_k3_k4_caches_equal_a_fresh_prefill_after_every_step(rig_for, models, ids, kv_tokens):
     """Keys and values of target and draft are those of a fresh forward over the committed tokens (K1-K4).
 
     Rows are at different lengths, accept different numbers, and are preempted where blocks are scarce.
@@ -373,7 +373,7 @@ def test_caches_equal_a_fresh_prefill_after_every_step(rig_for, models, ids, kv_
     rig.run(items, compare)
 
 
-def test_no_block_belongs_to_two_requests(rig_for, ids):
+def test_serving_a5_no_block_belongs_to_two_requests(rig_for, ids):
     """Block tables are disjoint, hold no block 0, and with the free list make up the pool, at every step (I5)."""
     rig = rig_for(kv_tokens=208)
     scheduler = rig.engine.scheduler
@@ -381,7 +381,7 @@ def test_no_block_belongs_to_two_requests(rig_for, ids):
     def check(_step: int) -> None:
         held = [block for item in scheduler.running for block in item.block_table]
         assert all(not item.block_table for item in scheduler.waiting)
-        assert sorted(held + scheduler._free) == list(range(1, scheduler.num_blocks))
+        assert sorted(held + scheduler.pool.unheld) == list(range(1, scheduler.num_blocks))
 
     rig.run(_mixed(ids, 5), check)
 
@@ -389,7 +389,7 @@ def test_no_block_belongs_to_two_requests(rig_for, ids):
 # -- cancelling and counting -----------------------------------------------------------------
 
 
-def test_cancelling_frees_blocks_at_once(rig_for, ids, sampled):
+def test_serving_a4_cancelling_frees_blocks_at_once(rig_for, ids, sampled):
     """A request that leaves while running, prefilling or waiting gives its blocks back; the others go on (A4)."""
     rig = rig_for(kv_tokens=208)
     free = rig.engine.scheduler.free_blocks
@@ -408,7 +408,7 @@ def test_cancelling_frees_blocks_at_once(rig_for, ids, sampled):
     assert {items[i].finish_reason for i in (1, 4, 6, 7)} == {"cancelled"}
 
 
-def test_counters_agree(rig_for, ids):
+def test_serving_n3_n4_counters_agree(rig_for, ids):
     """Requests, outcomes and the engine's totals count the same rounds and tokens (I8, N3, N4)."""
     rig = rig_for()
     rig.engine.controller = Changing(9)
@@ -436,7 +436,7 @@ def test_counters_agree(rig_for, ids):
 
 @pytest.mark.parametrize("coupling", ["gumbel", "maximal"])
 @pytest.mark.parametrize("width", [112, 128])
-def test_a_draft_may_pad_its_vocabulary_differently(folder, tmp_path, models, ids, greedy, coupling, width):
+def test_serving_v1_a_draft_may_pad_its_vocabulary_differently(folder, tmp_path, models, ids, greedy, coupling, width):
     """Wider or narrower logits of a draft with the same tokenizer change no text and crash nothing (V1)."""
     from transformers import LlamaForCausalLM
 

@@ -1,0 +1,89 @@
+"""Two hundred streams at once on the tiny pair, through real processes: all end, none starves, nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from processes import Processes, short_folder
+from tiny_pair import pair_settings, write_pair
+
+from adapter.settings import LogSettings
+
+STREAMS = 200
+N = 24
+MODEL = "tiny-target"
+_GROWTH = 24 << 20  # bytes; 200 leaked streams of 24 tokens, with their tables and records, would be more over waves
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Processes]:
+    folder = short_folder()
+    write_pair(folder)
+    settings = pair_settings(
+        folder, folder / "data", port=0, redis_url=f"unix://{folder}/nobody.sock",
+        engine={"max_batch": 8, "max_waiting": 256}, log=LogSettings(queue_entries=4, timeout_s=0.2, retry_s=0.1),
+    )  # fmt: skip
+    processes = Processes(settings)
+    try:
+        processes.start()
+        yield processes
+    finally:
+        processes.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _stream(client: httpx.AsyncClient, number: int, leave_after: int | None) -> tuple[int, str | None, int]:
+    """Read one stream; return (status, finish reason, completion tokens), or leave after some events."""
+    body: dict[str, Any] = {
+        "model": MODEL, "prompt": f"the user {number % 17}", "max_tokens": N, "temperature": 1.0, "seed": number,
+        "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True,
+    }  # fmt: skip
+    reason, tokens, events = None, 0, 0
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            reason = next((c["finish_reason"] for c in event["choices"] if c["finish_reason"]), reason)
+            tokens = event["usage"]["completion_tokens"] if event.get("usage") else tokens
+            events += 1
+            if leave_after is not None and events >= leave_after:
+                break
+        return response.status_code, reason, tokens
+
+
+async def _wave(url: str, leaving: bool) -> list[tuple[int, str | None, int]]:
+    limits = httpx.Limits(max_connections=STREAMS, max_keepalive_connections=STREAMS)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+        jobs = [_stream(client, i, 1 + i % 3 if leaving and i % 2 else None) for i in range(STREAMS)]
+        return await asyncio.gather(*jobs)
+
+
+def _memory(service: Processes) -> int:
+    return sum(psutil.Process(p.pid).memory_info().rss for p in (service.engine, service.api) if p is not None)
+
+
+def test_two_hundred_streams_leave_nothing_behind(service, wait_for):
+    """Each stream gets all its tokens; half leaving early frees every place; blocks and memory come back."""
+
+    def idle() -> bool:
+        return service.idle() and service.debug()["kv_usage"] < 1e-9
+
+    for leaving in (False, True):
+        ended = asyncio.run(_wave(service.url, leaving))
+        assert {status for status, _, _ in ended} == {200}
+        stayed = [item for i, item in enumerate(ended) if not (leaving and i % 2)]
+        assert {(reason, tokens) for _, reason, tokens in stayed} == {("length", N)}
+        wait_for(idle)
+    before = _memory(service)
+    for _ in range(2):
+        asyncio.run(_wave(service.url, True))
+        wait_for(idle)
+    assert _memory(service) - before < _GROWTH
