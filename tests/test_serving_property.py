@@ -1,0 +1,195 @@
+"""Random schedules against plain decoding of each request alone: identical, always.
+
+Arrivals, lengths, parameters, preemptions, cancels, swaps to broken drafts and draft lengths are all
+drawn at random; the reference engine has no draft, no prefix cache and one request at a time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_rig import Changing, Rig, build_rig
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_pair import write_pair
+
+from adapter.contracts import Grammar, Sampling
+from serving import ipc
+from serving.engine.admission import Admission
+from serving.engine.sequence import Sequence
+
+MAX_LEN = 192
+STEPS = 4000
+SCHEMA = (
+    '{"type":"object","properties":{"a":{"enum":["x","yes"]},"n":{"type":"integer","maximum":99}},"required":["a"]}'
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pair")
+    write_pair(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def crowded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """The engine under test: too few blocks for its batch, all proposers, prefix cache on."""
+    rig = build_rig(folder, tmp_path_factory.mktemp("crowded"), kv_tokens=320, max_batch=5, prefill_tokens=32)
+    yield rig
+    rig.built.publisher.close()
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """The reference: no speculation, nothing shared."""
+    rig = build_rig(folder, tmp_path_factory.mktemp("alone"), draft="none", prefix_cache=False, proposers=())
+    yield rig
+    rig.built.publisher.close()
+
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.0, 0.4, 0.8, 1.0, 1.5]),
+    top_p=st.sampled_from([1.0, 1.0, 0.9, 0.5]),
+    top_k=st.sampled_from([0, 0, 1, 7, 40]),
+    min_p=st.sampled_from([0.0, 0.0, 0.05, 0.3]),
+    seed=st.integers(0, 2**64 - 1),
+    presence_penalty=st.sampled_from([0.0, 0.0, 1.5, -1.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.7, -0.5]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3, 0.8]),
+    logit_bias=st.sampled_from([(), (), ((5, 4.0),), ((7, -100.0), (9, 2.5))]),
+    min_tokens=st.sampled_from([0, 0, 5, 20]),
+)
+messages = st.fixed_dictionaries(
+    {
+        "sampling": samplings,
+        "prompt": st.tuples(st.integers(0, 3), st.integers(1, 60)),  # which shared text, how much of it
+        "own": st.lists(st.integers(3, 110), max_size=6),
+        "max_tokens": st.integers(1, 40),
+        "ends": st.sampled_from([[], [2], [2, 40, 41]]),
+        "grammar": st.sampled_from([None, None, None, "json_object", "json_schema"]),
+        "gamma": st.sampled_from([None, None, 0, 1, 8]),
+        "priority": st.integers(-1, 1),
+        "salt": st.sampled_from(["", "", "other"]),
+        "arrives": st.integers(0, 30),
+        "leaves": st.sampled_from([None, None, None, 1, 6, 15]),
+    }
+)
+
+
+def _submit(number: int, item: dict[str, Any], vocab: int) -> ipc.Submit:
+    which, length = item["prompt"]
+    shared = torch.randint(3, vocab, (60,), generator=torch.Generator().manual_seed(which)).tolist()
+    kind = item["grammar"]
+    grammar = None if kind is None else Grammar(kind=kind, schema=SCHEMA if kind == "json_schema" else "")
+    return ipc.Submit(
+        request_id=str(number), token_ids=shared[:length] + item["own"], max_tokens=item["max_tokens"],
+        sampling=item["sampling"], end_tokens=item["ends"] or ([2] if grammar else []), segment="s",
+        gamma=item["gamma"], grammar=grammar, priority=item["priority"], cache_salt=item["salt"],
+    )  # fmt: skip
+
+
+def _expected(alone: Rig, item: ipc.Submit) -> tuple[list[int], str | None]:
+    request = Admission(alone.built, MAX_LEN).to_sequence(item, 0.0)
+    return alone.run([request])[0], request.finish_reason
+
+
+def _fillings(seed: int) -> list[Callable[[torch.Tensor], object]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        lambda w: w.fill_(float("nan")),
+        lambda w: w.zero_(),
+        lambda w: w.copy_(torch.randn(w.shape, generator=generator)),
+        lambda w: w.fill_(1e4),
+    ]
+
+
+class _AlwaysWrong:
+    """Makes the draft say something else than it thinks, every time."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._draft = rig.engine.proposers.draft
+        self._real = self._draft.propose
+        self.on = False
+        self._draft.propose = self._propose
+
+    def undo(self) -> None:
+        self._draft.propose = self._real
+
+    def _propose(self, requests: list[Sequence], gammas: list[int]) -> list[Any]:
+        proposals = self._real(requests, gammas)
+        for proposal in proposals if self.on else []:
+            proposal.tokens = [(token * 7 + 11) % 110 for token in proposal.tokens]
+        return proposals
+
+
+def _drive(rig: Rig, requests: list[Sequence], plan: list[dict[str, Any]], chaos: random.Random) -> None:
+    """Run a schedule to its end, breaking and mending the draft on the way."""
+    engine, wrong, version = rig.engine, _AlwaysWrong(rig), 10
+    heard: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    free = engine.scheduler.free_blocks
+    try:
+        for step in range(STEPS):
+            for request, item in zip(requests, plan, strict=True):
+                if item["arrives"] == step:
+                    engine.submit(request)
+                if item["leaves"] is not None and item["arrives"] + item["leaves"] == step:
+                    engine.end(request.request_id, "cancelled", 0)
+            if chaos.random() < 0.15:
+                version += 1
+                rig.swap(version, rig.model(chaos.choice(_fillings(step))))
+            if chaos.random() < 0.2:
+                wrong.on = not wrong.on
+            for delivery in engine.step():
+                heard[delivery.request_id] += delivery.token_ids
+            if step > 30 and not engine.busy:
+                break
+    finally:
+        wrong.undo()
+    assert not engine.busy, "the schedule did not end"
+    assert engine.scheduler.free_blocks == free, "blocks were left behind"
+    for request in requests:
+        assert heard[request.request_id] == request.tokens[request.prompt_tokens :]
+
+
+def _check(crowded: Rig, alone: Rig, plan: list[dict[str, Any]], seed: int) -> None:
+    vocab = crowded.engine.target.model.config.vocab_size
+    submits = [_submit(i, item, vocab) for i, item in enumerate(plan)]
+    crowded.engine.controller = Changing(seed)
+    admission = Admission(crowded.built, MAX_LEN)
+    requests = [admission.to_sequence(item, float(i)) for i, item in enumerate(submits)]
+    _drive(crowded, requests, plan, random.Random(seed))
+    for request, item, submit in zip(requests, plan, submits, strict=True):
+        tokens, reason = _expected(alone, submit)
+        got = request.tokens[request.prompt_tokens :]
+        if request.finish_reason == "cancelled":
+            assert item["leaves"] is not None
+            assert got == tokens[: len(got)]
+        else:
+            assert (got, request.finish_reason) == (tokens, reason)
+
+
+_HERE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=_HERE, derandomize=True)
+@given(plan=st.lists(messages, min_size=4, max_size=9), seed=st.integers(0, 2**31))
+def test_random_schedules_equal_plain_decoding(crowded: Rig, alone: Rig, plan: list[dict[str, Any]], seed: int) -> None:
+    """Twelve schedules (derandomised) of four to nine requests; a NaN, zero, random or always wrong draft may draft."""
+    _check(crowded, alone, plan, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=_HERE)
+@given(plan=st.lists(messages, min_size=4, max_size=14), seed=st.integers(0, 2**31))
+def test_many_random_schedules_equal_plain_decoding(
+    crowded: Rig, alone: Rig, plan: list[dict[str, Any]], seed: int
+) -> None:
+    """A hundred and fifty more, drawn afresh each run."""
+    _check(crowded, alone, plan, seed)
