@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo  # noqa: E402
 
 from adapter import keys  # noqa: E402
 from adapter.settings import Settings  # noqa: E402
+from docs import hazards  # noqa: E402
 from monitors.metrics import Metrics  # noqa: E402
 from serving.api.metrics import EngineCollector, ServingMetrics  # noqa: E402
 from serving.snapshot import Snapshot  # noqa: E402
@@ -53,6 +54,7 @@ def tables() -> dict[str, str]:
     """Return every generated file by its path from the root."""
     return {
         "docs/settings.md": settings_page(), "docs/redis-keys.md": keys_page(), "docs/metrics.md": metrics_page(),
+        "docs/hazards.md": NOTE.format(source="the names of the tests") + hazards.page(ROOT / "tests"),
         "README.md": readme(),
     }  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from adapter.settings import Settings
+from docs.hazards import HAZARDS, OUT_OF_REACH, covering
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -27,6 +28,12 @@ def test_generated_tables_are_current() -> None:
         [sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("hazard", sorted(set(HAZARDS) - set(OUT_OF_REACH)))
+def test_every_known_failure_has_a_test(hazard: str) -> None:
+    """Each hazard's id is in the name of at least one test."""
+    assert list(covering(hazard, ROOT / "tests")), f"no test is named for {hazard}: {HAZARDS[hazard]}"
 
 
 def test_every_setting_is_documented() -> None:
