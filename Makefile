@@ -6,10 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install up demo test test-slow lint fmt docs clean
+.PHONY: help install up demo test test-slow lint fmt docs bench bench-record clean
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP)  ## create .venv with everything pinned; quick when nothing changed
 
@@ -45,6 +45,15 @@ fmt: install  ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 docs: install  ## regenerate the tables in docs/
+	$(BIN)/python docs/generate.py
+
+bench: install  ## measure the engine on an idle machine, about 25 minutes, and redraw its page
+	$(BIN)/python -m bench.engine --json bench/results/engine.json
+	$(BIN)/python -m bench.plot
+	$(BIN)/python docs/generate.py
+
+bench-record: install  ## measure what logging costs, some minutes
+	$(BIN)/python -m bench.record --json bench/results/record.json
 	$(BIN)/python docs/generate.py
 
 clean:  ## remove the environment, caches and build outputs; never the data folder

@@ -76,14 +76,14 @@ def store(root: Path, tensors_file: Path, **claims: Any) -> Manifest:
     manifest = Manifest(
         schema=1, sha256=sha256, size_bytes=tensors_file.stat().st_size, tensors=read_header(tensors_file), **claims
     )
-    folder = _folder(root, sha256)
+    folder = artifact_folder(root, sha256)
     if (folder / MANIFEST).exists():
         return load_manifest(root, sha256)
     folder.mkdir(parents=True, exist_ok=True)
-    _place(tensors_file, folder / TENSORS)
+    place(tensors_file, folder / TENSORS)
     draft = folder / (MANIFEST + ".tmp")
     draft.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
-    _place(draft, folder / MANIFEST)
+    place(draft, folder / MANIFEST)
     return manifest
 
 
@@ -93,7 +93,7 @@ def load_manifest(root: Path, sha256: str) -> Manifest:
     Raises:
         ArtifactError: the artifact or its manifest is missing or unreadable.
     """
-    path = _folder(root, sha256) / MANIFEST
+    path = artifact_folder(root, sha256) / MANIFEST
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except FileNotFoundError:
@@ -116,7 +116,7 @@ def verify(
         ArtifactError: the first defect found, in words.
     """
     manifest = load_manifest(root, sha256)
-    path = _folder(root, sha256) / TENSORS
+    path = artifact_folder(root, sha256) / TENSORS
     if manifest.target_fingerprint != target_fingerprint:
         raise ArtifactError(
             f"artifact {sha256[:12]} was trained for target {manifest.target_fingerprint[:12]}, "
@@ -141,8 +141,12 @@ def verify(
     return path
 
 
-def _folder(root: Path, sha256: str) -> Path:
-    """Return the folder of a hash; anything but 64 hex digits would be a path of somebody's choosing."""
+def artifact_folder(root: Path, sha256: str) -> Path:
+    """Return the folder of a hash; anything but 64 hex digits would be a path of somebody's choosing.
+
+    Raises:
+        ArtifactError: not a sha256.
+    """
     if not _SHA256.fullmatch(sha256):
         raise ArtifactError(f"{sha256[:80]!r} is not a sha256; expected 64 lower-case hex digits")
     return root / sha256
@@ -217,7 +221,7 @@ def _place_of(path: Path, name: str, item: Any, base: int) -> tuple[TensorSpec, 
     return TensorSpec(entry.shape, entry.dtype), base + start, base + end
 
 
-def _place(source: Path, destination: Path) -> None:
+def place(source: Path, destination: Path) -> None:
     """Sync a finished file and move it into place so that a crash leaves the old or the new one."""
     temporary = destination.with_name(destination.name + ".part")
     if source != temporary:

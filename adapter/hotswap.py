@@ -109,6 +109,7 @@ class HotSwap:
     Args:
         check: run once on a freshly merged model, off the hot path; raises ArtifactError when the
             model does not behave.
+        companion: run after every look at the registry, for what else follows it.
         clock: epoch seconds for receipts.
     """
 
@@ -120,6 +121,7 @@ class HotSwap:
         *,
         poll_s: float,
         check: Callable[[Any], None] = lambda model: None,
+        companion: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._registry = registry
@@ -127,6 +129,7 @@ class HotSwap:
         self._root = artifacts_dir
         self._poll_s = poll_s
         self._check = check
+        self._companion = companion
         self._clock = clock
         self._ready: tuple[int, int, Any] | None = None
         self._lock = threading.Lock()
@@ -257,6 +260,7 @@ class HotSwap:
             self._wake.clear()
             try:
                 self.refresh()
+                self._companion()
             except Exception:  # the thread that can undo a bad draft must outlive any surprise
                 log.exception("swap_poll_failed")
 

@@ -290,7 +290,7 @@ class Registry:
             last = (
                 connection.execute(
                     select(tables.audit)
-                    .where(tables.audit.c.generation == live.generation)
+                    .where(tables.audit.c.generation == live.generation, ~tables.audit.c.verb.startswith("vocab_"))
                     .order_by(tables.audit.c.id)
                     .limit(1)
                 )

@@ -12,7 +12,7 @@ import os
 import tempfile
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -32,20 +32,70 @@ class EngineSettings(_Section):
 
     max_batch: int = Field(8, ge=1, le=256, description="requests decoded together")
     max_model_len: int = Field(2048, ge=16, description="prompt and answer tokens of one request")
-    kv_tokens: int = Field(16384, ge=64, description="tokens the KV cache holds, all requests together")
+    kv_tokens: int = Field(
+        0, ge=0, description="tokens the KV cache holds, all requests together; 0: as many as the memory allows and "
+        "a full batch can use",
+    )  # fmt: skip
+    memory_gib: float = Field(
+        0.0, ge=0, description="memory for weights, drafts and KV cache; 0: four fifths of what is available at start"
+    )
     block_tokens: int = Field(16, ge=1, le=256, description="tokens of one KV block")
     prefill_tokens: int = Field(512, ge=16, description="prompt tokens processed in one step at the most")
     max_waiting: int = Field(256, ge=1, description="requests queued before new ones get a 429")
     prefix_cache: bool = Field(True, description="share the cached keys and values of equal prompt beginnings")
-    gamma: int = Field(2, ge=0, le=16, description="tokens drafted in a round, unless a request says otherwise")
+    gamma: int = Field(
+        2, ge=0, le=16, description="tokens drafted in a round by the fixed controller, unless a request says otherwise"
+    )
     gamma_max: int = Field(8, ge=0, le=16, description="the most a request may ask for")
     coupling: Literal["gumbel", "maximal"] = Field(
         "gumbel", description="gumbel: same text with and without speculation; maximal: same law only"
+    )
+    proposers: tuple[Literal["draft", "ngram", "past"], ...] = Field(
+        ("draft", "ngram", "past"),
+        description="what may draft: the draft model, matches in a request's own text, matches in past outputs",
+    )
+    past_tokens: int = Field(
+        200_000, ge=1024, description="past output tokens held for matching, all tenants together; about 150 bytes each"
+    )
+    draft_vocab_size: int = Field(
+        8192, ge=0, description="tokens the draft scores, chosen from traffic; 0: all the target has"
+    )
+    controller: Literal["adaptive", "fixed"] = Field(
+        "adaptive", description="adaptive: draft what promises most tokens per second; fixed: always `gamma`"
+    )
+    hysteresis: float = Field(
+        0.03, ge=0, lt=1, description="how much more another draft length must promise to replace the one in force"
+    )
+    explore_share: float = Field(
+        0.01, ge=0, le=0.2, description="share of time single requests may draft although it does not pay, to learn"
+    )
+    switchback_share: float = Field(
+        0.01, ge=0, le=0.2, description="share of steps run without speculation, to measure what it brings"
+    )
+    lean: bool = Field(
+        True, description="run Llama-shaped models through the lean forward; false leaves them to transformers"
+    )
+    pack: bool = Field(
+        True, description="keep a second copy of linear weights, laid out for the CPU; false is slower in less memory"
     )
     threads: int = Field(0, ge=0, description="torch threads; 0 leaves the choice to torch")
     swap_poll_s: float = Field(0.2, gt=0, description="how often the registry is asked for a new live version")
     max_lora_norm_ratio: float = Field(
         2.0, gt=0, description="largest allowed ‖ΔW‖/‖W0‖ of a layer before an artifact is refused"
+    )
+
+
+class ApiSettings(_Section):
+    """The HTTP front: who may ask, for how much, and how it leaves."""
+
+    keys: tuple[Annotated[str, Field(min_length=8)], ...] = Field(
+        (), description="keys, any of which opens the API; unset: nobody is asked for one"
+    )
+    max_body_bytes: int = Field(8 << 20, ge=1024, description="longest request body; longer ones get a 413")
+    max_choices: int = Field(64, ge=1, le=1024, description="answers one request may ask for, prompts times n")
+    drain_s: float = Field(20.0, ge=0, description="how long running requests may take to end after SIGTERM")
+    spec_metrics: Literal["none", "summary"] = Field(
+        "none", description="summary: every answer carries metrics.speculative_decoding, asked for or not"
     )
 
 
@@ -128,6 +178,7 @@ class Settings(BaseSettings):
         None, validation_alias=AliasChoices("database_url", "DATABASE_URL"), description="unset: SQLite"
     )
     engine: EngineSettings = EngineSettings()
+    api: ApiSettings = ApiSettings()
     log: LogSettings = LogSettings()
     distill: DistillSettings = DistillSettings()
     monitors: MonitorSettings = MonitorSettings()
@@ -151,6 +202,11 @@ class Settings(BaseSettings):
     def artifacts_dir(self) -> Path:
         """Where draft artifacts live, one folder a content hash."""
         return self.data_dir / "artifacts"
+
+    @property
+    def vocabularies_dir(self) -> Path:
+        """Where trimmed draft vocabularies and the token counts they are chosen from live."""
+        return self.data_dir / "vocabularies"
 
     @property
     def replay_dir(self) -> Path:

@@ -34,7 +34,7 @@ aliases = Table(
 generation = Table(
     "generation",
     metadata,
-    Column("scope", String(32), primary_key=True),  # "global"
+    Column("scope", String(32), primary_key=True),  # "global": drafts; "vocabulary"
     Column("value", Integer, nullable=False),
 )
 
@@ -103,6 +103,28 @@ windows = Table(
     Column("acceptance_sum_squares", Float, nullable=False),
     Column("judged_requests", Integer, nullable=False),
     Index("windows_by_time", "at_s"),
+)
+
+vocabularies = Table(
+    "vocabularies",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),  # 0, the full vocabulary, has no row
+    Column("state", String(16), nullable=False),  # ready, quarantined
+    Column("sha256", String(64), nullable=False),
+    Column("size", Integer, nullable=False),
+    Column("target_fingerprint", String(64), nullable=False),
+    Column("coverage", Float),
+    Column("counted", JSON, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("created_at_s", Float, nullable=False),
+    Column("created_by", String(64), nullable=False),
+)
+
+vocabulary_aliases = Table(
+    "vocabulary_aliases",
+    metadata,
+    Column("name", String(16), primary_key=True),  # live, previous
+    Column("number", Integer, nullable=False),
 )
 
 facts = Table(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,14 @@ def environment() -> dict[str, Any]:
         },
         "commit": _commit(),
     }
+
+
+def command(module: str, arguments: list[str]) -> str:
+    """Return the command line of a run without the places of one machine."""
+    shown = ["python", "-m", module]
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        shown.append({"--data": "FOLDER", "--vllm-python": "PYTHON"}.get(before, word))
+    return shlex.join(shown)
 
 
 def _cpu_model() -> str:

@@ -8,7 +8,7 @@ watcher calls them, the CLI and the dashboard show the result.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -36,6 +36,17 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     speedup_low: float | None = None
     speedup_high: float | None = None
     speedup_windows: int = 0
+
+
+def load_of(said: dict[str, Any], *, prefix_cache: bool) -> EngineLoad:
+    """Read the engine's own document; what it does not say stays unknown."""
+    switchback = (said.get("controller") or {}).get("switchback") or {}
+    measured = switchback.get("speedup") or {}
+    return EngineLoad(
+        median_batch=said.get("median_batch"), kv_usage=said.get("kv_usage"), preempted=said.get("preempted", 0),
+        prefix_cache=prefix_cache, speedup=measured.get("ratio"), speedup_low=measured.get("low"),
+        speedup_high=measured.get("high"), speedup_windows=switchback.get("pairs", 0),
+    )  # fmt: skip
 
 
 class Signal(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +102,7 @@ def _measured(load: EngineLoad) -> Signal:
     if value is None or low is None or high is None:
         text = "The speed-up is not measured yet; give `engine.switchback_share` more than 0 and wait."
         return Signal(name="measured speed-up", value=None, leaning="neutral", sentence=text)
-    text = f"measured {value:.2f}x against no speculation [{low:.2f}, {high:.2f}] over {load.speedup_windows} windows."
+    text = f"measured {value:.2f}x against no speculation [{low:.2f}, {high:.2f}] over {load.speedup_windows} pairs of windows."
     leaning: Leaning = "for" if low > 1 else "against" if high < 1 else "neutral"
     return Signal(name="measured speed-up", value=value, leaning=leaning, sentence=text)
 

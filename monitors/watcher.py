@@ -28,7 +28,7 @@ from adapter.registry import Registry
 from adapter.settings import Settings
 from adapter.versions import Live
 from monitors.acceptance import OutcomeReader, observations_of
-from monitors.advisor import EngineLoad, advise
+from monitors.advisor import advise, load_of
 from monitors.alerts import AlertDesk, Notifier
 from monitors.announcer import Announcer
 from monitors.loop import LearningLoop, LoopState
@@ -172,8 +172,7 @@ class Watcher:
             )
 
     def _advise(self) -> None:
-        said = self._facts.get(ENGINE) or {}
-        load = msgspec.convert({**said, "prefix_cache": self._prefix_cache}, EngineLoad, strict=False)
+        load = load_of(self._facts.get(ENGINE) or {}, prefix_cache=self._prefix_cache)
         advice = advise(self._traffic.summarise(), load)
         self._facts.put(ADVICE, msgspec.to_builtins(advice) | {"at_s": self._clock()})
 

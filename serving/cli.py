@@ -12,13 +12,14 @@ from rich.console import Console
 
 from adapter.contracts import DraftsmithError
 from adapter.settings import Settings, child_environment, load_settings
-from serving import cli_advice, cli_drafts, cli_views
+from serving import cli_advice, cli_drafts, cli_explain, cli_views, cli_vocab
 
 app = typer.Typer(
     name="draftsmith", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Serve a language model with speculative decoding, and keep its draft tuned to the traffic it sees.",
 )  # fmt: skip
 app.add_typer(cli_drafts.app, name="drafts", help="List, show, promote and roll back draft versions.")
+app.add_typer(cli_vocab.app, name="vocab", help="List, publish, promote and roll back what a draft may say.")
 
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Database, artifacts, logs and sockets.")]
 Target = Annotated[str | None, typer.Option("--target", help="Hugging Face name or path of the target model.")]
@@ -84,6 +85,12 @@ def watch(dashboard_port: DashboardPort = None, data_dir: DataDir = None, host: 
 def status(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """Show what is served, how well the draft does, and which processes run."""
     cli_views.show_status(load_settings(data_dir=data_dir), as_json)
+
+
+@app.command()
+def explain(data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """Show why the engine drafts as many tokens as it does: costs, beliefs, alternatives, measured speed-up."""
+    cli_explain.show_explanation(load_settings(data_dir=data_dir), as_json)
 
 
 @app.command()

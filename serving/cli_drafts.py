@@ -69,7 +69,7 @@ def promote(
 ) -> None:  # fmt: skip
     """Make a version live."""
     live = open_registry(data_dir).promote(
-        version, actor=_actor(), reason=reason, expected_generation=expected_generation
+        version, actor=actor(), reason=reason, expected_generation=expected_generation
     )
     _say(live, as_json)
 
@@ -80,7 +80,7 @@ def rollback(
     expected_generation: Expected = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Make the previous version live again; what was live becomes previous, so a second call undoes the first."""
-    live = open_registry(data_dir).roll_back(actor=_actor(), reason=reason, expected_generation=expected_generation)
+    live = open_registry(data_dir).roll_back(actor=actor(), reason=reason, expected_generation=expected_generation)
     _say(live, as_json)
 
 
@@ -98,7 +98,8 @@ def open_registry(data_dir: Path | None) -> Registry:
     return Registry(database, announce=announcer(settings))
 
 
-def _actor() -> str:
+def actor() -> str:
+    """Name the person at the terminal for the audit log."""
     try:
         return f"cli:{getpass.getuser()}"
     except (KeyError, OSError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 
@@ -16,6 +18,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     waiting: int
     kv_usage: float
     preempted: int
+    prefix_queries: int
+    prefix_hits: int
     steps: int
     step_s: float
     draft_s: float
@@ -36,3 +40,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     swaps: int
     last_swap_version: int | None
     last_swap_pause_ms: float | None
+    draft_vocab_number: int = 0  # 0 is the full vocabulary
+    draft_vocab_size: int = 0  # 0 where nothing is trimmed for good
+    draft_vocab_counted: int = 0  # committed tokens looked at, and how many of them the draft scores
+    draft_vocab_inside: int = 0
+    controller: dict[str, Any] = {}  # what it knows and why it chose last; see `Controller.explain`

@@ -73,6 +73,7 @@ class Supervisor:
         self._running = [_Running(role) for role in roles]
         self._clock = clock
         self._stop = threading.Event()
+        self._hurry = threading.Event()
         self._lock: IO[str] | None = None
         self.failure: str | None = None
 
@@ -107,18 +108,22 @@ class Supervisor:
             raise RoleCannotStart(self.failure)
 
     def stop(self) -> None:
-        """Make `run` return.  Safe to call from a signal handler."""
-        self._stop.set()
+        """Make `run` return; said again, let no running request end.  Safe to call from a signal handler."""
+        (self._hurry if self._stop.is_set() else self._stop).set()
 
     def shut_down(self) -> None:
-        """Stop every role, last started first, and leave neither process nor socket nor lock behind."""
-        order = sorted(self._running, key=lambda item: item.role.name == "valkey")
-        for item in order[:-1] if order and order[-1].role.name == "valkey" else order:
-            _signal(item, signal.SIGTERM)
-        for item in order:
-            if item.role.name == "valkey":
+        """Stop every role, and leave neither process nor socket nor lock behind.
+
+        The engine outlives the API, whose running requests may end, and Valkey outlives everybody.
+        """
+        last = {"engine": 1, "valkey": 2}
+        for phase in range(3):
+            leaving = [item for item in self._running if last.get(item.role.name, 0) == phase]
+            for item in leaving:
                 _signal(item, signal.SIGTERM)
-            _wait_or_kill(item, _GRACE_S.get(item.role.name, 5.0))
+            for item in leaving:
+                self._wait(item)
+        for item in self._running:
             if item.log_file is not None:
                 item.log_file.close()
         if not self._settings.redis_url:
@@ -126,6 +131,17 @@ class Supervisor:
         for name in (ROLES_FILE, "engine.sock"):
             (self._settings.run_dir / name).unlink(missing_ok=True)
         self._release_lock()
+
+    def _wait(self, item: _Running) -> None:
+        """Wait for a role that was told to stop; the API may take as long as its requests do."""
+        grace_s = _GRACE_S.get(item.role.name, 5.0)
+        if item.role.name == "api":
+            until_s = self._clock() + self._settings.api.drain_s
+            while item.pid is not None and self._clock() < until_s and not self._hurry.wait(_TICK_S):
+                continue
+            if self._hurry.is_set():
+                _signal(item, signal.SIGTERM)
+        _wait_or_kill(item, grace_s)
 
     # -- one role ----------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kernels import noise
 from kernels.noise import MAX_GUMBEL, Purpose, gumbel, philox, to_uniform, uniform
@@ -17,13 +17,14 @@ from kernels.sampling import RowParams, draw, shape_logits
 VOCABS = (8, 64, 67, 130, 1000, 4096)
 
 
-def _params(rows: int, *, temperature=1.0, top_p=1.0, top_k=0, seed=0, position=0) -> RowParams:
+def _params(rows: int, *, temperature=1.0, top_p=1.0, top_k=0, seed=0, position=0, min_p=None) -> RowParams:
     def column(value, dtype):
         return torch.as_tensor(value, dtype=dtype).expand(rows).clone()
 
     return RowParams(
         column(temperature, torch.float32), column(top_p, torch.float32), column(top_k, torch.long),
         column(seed, torch.long), column(position, torch.long),
+        None if min_p is None else column(min_p, torch.float32),
     )  # fmt: skip
 
 
@@ -158,6 +159,7 @@ def test_a_draw_does_not_depend_on_the_batch():
     params = _params(
         rows, temperature=torch.linspace(0, 1.5, rows), top_p=torch.linspace(0.3, 1, rows),
         top_k=torch.arange(rows) % 9, seed=torch.arange(rows) * 31, position=torch.arange(rows) % 5,
+        min_p=torch.arange(rows) % 3 * 0.1,
     )  # fmt: skip
     whole = draw(shape_logits(logits, params), params)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
@@ -170,17 +172,30 @@ def test_shape_logits_leaves_its_input_alone():
     """The engine records the raw logits after sampling, so they must not be changed in place."""
     logits = _random_logits(4, 100, seed=3)
     before = logits.clone()
-    shape_logits(logits, _params(4, temperature=[0.0, 1.0, 1.0, 0.5], top_p=0.4, top_k=7))
-    assert torch.equal(logits, before)
+    for temperature in ([0.0, 1.0, 1.0, 0.5], 1.0, 0.0):
+        for cuts in ({"top_p": 0.4, "top_k": 7, "min_p": 0.2}, {"min_p": [0.0, 0.5, 0.0, 0.5]}, {"top_k": 3}, {}):
+            shape_logits(logits, _params(4, temperature=temperature, **cuts))
+            assert torch.equal(logits, before)
+
+
+def test_rows_that_need_nothing_are_not_copied():
+    """Greedy rows, and rows at temperature 1 without cuts, come back as the very tensor that went in."""
+    logits = _random_logits(4, 100, seed=3)
+    greedy = _params(4, temperature=0.0, top_p=0.3, top_k=5, min_p=0.5)
+    for params in (greedy, _params(4), _params(4, temperature=[0.0, 1.0, 0.0, 1.0], min_p=0.0)):
+        assert shape_logits(logits, params) is logits
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_broken_logits_still_give_a_token(bad):
     """A draft of NaN proposes some token of the vocabulary; it never crashes the batch (W6)."""
     logits = torch.full((4, 130), bad)
-    params = _params(4, temperature=[0.0, 1.0, 1.0, 1.0], top_p=[1.0, 1.0, 0.5, 1.0], top_k=[0, 0, 0, 4], seed=1)
-    drawn = draw(shape_logits(logits, params), params)
-    assert bool(((drawn >= 0) & (drawn < 130)).all())
+    for min_p in (None, [0.0, 0.1, 0.0, 0.3]):
+        params = _params(
+            4, temperature=[0.0, 1.0, 1.0, 1.0], top_p=[1.0, 1.0, 0.5, 1.0], top_k=[0, 0, 0, 4], seed=1, min_p=min_p
+        )
+        drawn = draw(shape_logits(logits, params), params)
+        assert bool(((drawn >= 0) & (drawn < 130)).all())
 
 
 # -- truncation ------------------------------------------------------------------------------
@@ -218,6 +233,52 @@ def test_top_p_cuts_what_top_k_left():
     theirs = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(10)(None, logits / 0.9))
     ours = shape_logits(logits, _params(20, temperature=0.9, top_p=0.8, top_k=10))
     assert torch.equal(torch.isfinite(ours), torch.isfinite(theirs))
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_each_row_has_its_own_top_k(vocab):
+    """Many different k in one batch, beside greedy rows and rows without a cut, keep what each keeps alone."""
+    kinds = [0, 1, 2, 5, 40, 600, 5000, 5, 0]
+    logits = _random_logits(len(kinds), vocab, seed=11)
+    temperatures = [1.0, 0.5, 1.0, 0.0, 2.0, 1.0, 1.0, 1.0, 0.7]
+    shaped = shape_logits(logits, _params(len(kinds), top_k=kinds, temperature=temperatures))
+    for row, (k, temperature) in enumerate(zip(kinds, temperatures, strict=True)):
+        scaled = logits[row : row + 1] / (temperature or 1.0)
+        kept = TopKLogitsWarper(k)(None, scaled) if k and temperature else scaled
+        assert torch.equal(shaped[row : row + 1], kept)
+
+
+@pytest.mark.parametrize("vocab", [8, 67, 1000, 4096])
+@pytest.mark.parametrize("min_p", [0.001, 0.1, 0.7, 1.0])
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.8])
+def test_min_p_equals_transformers(vocab, min_p, temperature):
+    """The kept set is the one MinPLogitsWarper keeps of the temperature-scaled law, up to rounding at the border."""
+    logits = _random_logits(9, vocab, seed=vocab)
+    ours = torch.isfinite(shape_logits(logits, _params(9, temperature=temperature, min_p=min_p)))
+    theirs = torch.isfinite(MinPLogitsWarper(min_p)(None, logits / temperature))
+    law = torch.softmax(logits.double() / temperature, -1)
+    at_border = (law / law.amax(-1, keepdim=True) - min_p).abs() < 1e-5
+    assert torch.equal(ours | at_border, theirs | at_border)
+    assert bool(ours.any(-1).all())
+
+
+def test_min_p_keeps_ties_with_the_likeliest():
+    """min_p 1 keeps the likeliest token and those exactly as likely; min_p 0 cuts nothing, beside rows that cut."""
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [1.0, 3.0, 3.0, 2.0]])
+    shaped = shape_logits(logits, _params(2, temperature=0.5, min_p=[1.0, 0.0]))
+    assert torch.isfinite(shaped).tolist() == [[False, True, True, False], [True] * 4]
+
+
+@pytest.mark.parametrize("spread", [0.3, 2.0])
+def test_min_p_comes_after_the_nucleus(spread):
+    """temperature, top-k, top-p, min-p: the order of transformers, in which the nucleus is of the uncut law."""
+    logits = _random_logits(40, 100, seed=6, spread=spread)
+    theirs = MinPLogitsWarper(0.3)(None, TopPLogitsWarper(0.8)(None, TopKLogitsWarper(60)(None, logits / 0.9)))
+    params = _params(40, temperature=0.9, top_p=0.8, top_k=60, min_p=0.3)
+    ours = shape_logits(logits, params)
+    assert torch.equal(torch.isfinite(ours), torch.isfinite(theirs))
+    other = TopPLogitsWarper(0.8)(None, MinPLogitsWarper(0.3)(None, TopKLogitsWarper(60)(None, logits / 0.9)))
+    assert not torch.equal(torch.isfinite(other), torch.isfinite(theirs))
 
 
 @given(

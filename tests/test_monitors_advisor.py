@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import msgspec
 import pytest
 
 from adapter.contracts import SCHEMA_VERSION, Counts, RequestOutcome, Sampling, VersionCounts
-from monitors.advisor import Advice, EngineLoad, advise
+from monitors.advisor import Advice, EngineLoad, advise, load_of
 from monitors.traffic import TrafficWindow
+from serving.engine.control.switchback import Step, Switchback
 
 
 def outcome(number: int = 0, **more: object) -> RequestOutcome:
@@ -114,3 +117,17 @@ def test_the_window_forgets() -> None:
         window.add(outcome(number, delivered_tokens=10 if number < 150 else 90))
     traffic = window.summarise()
     assert traffic is not None and traffic.requests == 50 and traffic.median_delivered == 90
+
+
+def test_the_engines_document_is_read_as_the_controller_writes_it() -> None:
+    """The measured speed-up comes from a real controller's own explanation; before any window it is unknown."""
+    switchback = Switchback(0.5, random.Random(1))
+    explained = {"controller": {"switchback": switchback.explain()}, "median_batch": 3.0, "kv_usage": 0.1}
+    assert load_of(explained, prefix_cache=True).speedup is None
+    for _ in range(4000):
+        window = switchback.plain_now(blocked=False) is not None
+        switchback.observe(Step(1.0 if window else 0.8, 1.0, 0.0, 1.0, drafted=not window))
+    load = load_of({**explained, "controller": {"switchback": switchback.explain()}}, prefix_cache=True)
+    assert load.speedup == pytest.approx(1.25, rel=0.02)
+    assert load.speedup_windows > 5
+    assert load_of({}, prefix_cache=True).median_batch is None

@@ -289,18 +289,15 @@ def test_stop_and_max_tokens_in_one_block(client, known):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2), ("best_of", 3), ("presence_penalty", 0.5), ("frequency_penalty", -1), ("repetition_penalty", 1.2),
-        ("min_p", 0.1), ("min_tokens", 3), ("logprobs", True), ("logprobs", 0), ("logprobs", 5), ("top_logprobs", 2),
-        ("logit_bias", {"5": 10}), ("echo", True), ("suffix", "x"), ("tool_choice", "auto"), ("store", True),
-        ("tools", [{"type": "function"}]), ("functions", [{}]), ("response_format", {"type": "json_object"}),
-        ("modalities", ["audio"]), ("ignore_eos", True), ("guided_json", {}), ("no_such_field", 1),
+        ("best_of", 3), ("suffix", "x"), ("store", True), ("functions", [{}]), ("modalities", ["audio"]),
+        ("guided_json", {}), ("prompt_logprobs", 1), ("use_beam_search", True), ("bad_words", ["x"]),
+        ("logits_processors", []), ("truncate_prompt_tokens", 5), ("reasoning_effort", "low"), ("no_such_field", 1),
     ],
 )  # fmt: skip
 def test_what_is_not_served_is_refused_by_name(service, field, value):
     """A field that would change the output is never silently ignored."""
     _assert_error(_complete(service, **{field: value}), 400, field, field, "not supported")
-    if field != "logprobs" or value is True:
-        _assert_error(_chat(service, **{field: value}), 400, field, field)
+    _assert_error(_chat(service, **{field: value}), 400, field, field, "not supported")
 
 
 def test_neutral_values_are_accepted(service):
@@ -323,9 +320,20 @@ def test_neutral_values_are_accepted(service):
         ("top_p", 0, "top_p"), ("top_p", 1.01, "top_p"), ("top_k", -2, "top_k"), ("max_tokens", 0, "max_tokens"),
         ("seed", 2**64, "seed"), ("seed", "x", "seed"), ("stop", "", "stop.0"), ("stop", ["a"] * 17, "stop"),
         ("speculative", {"gamma": 99}, "speculative.gamma"), ("speculative", {"gamma": -1}, "speculative.gamma"),
-        ("speculative", {"draft": "x"}, "speculative.draft"), ("stream_options", {"include_usage": True}, None),
+        ("speculative", {"draft": "x"}, "speculative.draft"),
+        ("stream_options", {"include_usage": True}, "stream_options"),
         ("prompt", "", "prompt"), ("prompt", [], "prompt"), ("prompt", [5, 99999], "prompt"),
-        ("prompt", [-1], "prompt"),
+        ("prompt", [-1], "prompt"), ("prompt", [[5], []], "prompt"), ("prompt", [True], "prompt"), ("n", 0, "n"),
+        ("n", 65, "n"), ("min_p", 1.1, "min_p"), ("presence_penalty", 2.1, "presence_penalty"),
+        ("frequency_penalty", -2.1, "frequency_penalty"), ("repetition_penalty", 0, "repetition_penalty"),
+        ("logit_bias", {"5": 101}, "logit_bias.5"), ("logit_bias", {"99999": 1}, "logit_bias"),
+        ("logprobs", True, "logprobs"), ("logprobs", 21, "logprobs"), ("min_tokens", 3, "min_tokens"),
+        ("stop_token_ids", [99999], "stop_token_ids"), ("cache_salt", "", "cache_salt"),
+        ("response_format", {"type": "xml"}, "response_format.type"),
+        ("response_format", {"type": "json_schema"}, "response_format.json_schema"),
+        ("speculative", {"enabled": False, "gamma": 2}, "speculative.enabled"),
+        ("speculative", {"version": 99}, "speculative.version"), ("spec_metrics", "detailed", "spec_metrics"),
+        ("tools", [{"type": "function", "function": {"name": "f"}}], "tools"), ("top_logprobs", 2, "top_logprobs"),
     ],
 )  # fmt: skip
 def test_impossible_values_are_refused_by_name(service, field, value, param):
@@ -352,7 +360,8 @@ def test_bad_messages_are_refused(service, messages, param):
 def test_wrong_model_too_long_bad_json_unknown_path(service):
     """404 for another model or path, 400 for too many tokens and for a body that is not JSON; all OpenAI-shaped."""
     _assert_error(_complete(service, model="gpt-x"), 404, "model", "gpt-x", MODEL)
-    _assert_error(_complete(service, prompt=[5] * 501), 400, "messages", "500")
+    _assert_error(_complete(service, prompt=[5] * 501), 400, "prompt", "500")
+    _assert_error(_chat(service, messages=[{"role": "user", "content": "?" * 501}]), 400, "messages", "500")
     _assert_error(_complete(service, prompt=[5] * 100, max_tokens=401), 400, "max_tokens", "500")
     assert _complete(service, prompt=[5] * 100, max_tokens=400, temperature=0, stop=["the"]).status_code == 200
     broken = httpx.post(
@@ -370,10 +379,10 @@ def test_openai_raises_its_own_errors(client):
     """The official client turns the bodies into its exception types with our message."""
     with pytest.raises(openai.NotFoundError, match="not served here"):
         client.completions.create(model="other", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="'n' is not supported"):
-        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x"}], n=2)
-    with pytest.raises(openai.BadRequestError, match="'n' is not supported"):
-        client.completions.create(model=MODEL, prompt="x", n=2, stream=True)
+    with pytest.raises(openai.BadRequestError, match="'store' is not supported"):
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x"}], store=True)
+    with pytest.raises(openai.BadRequestError, match="'suffix' is not supported"):
+        client.completions.create(model=MODEL, prompt="x", suffix="y", stream=True)
 
 
 # -- health and metrics ----------------------------------------------------------------------

@@ -417,7 +417,8 @@ def test_serving_n3_n4_counters_agree(rig_for, ids):
     rig.collect(rig.engine.recorder._settings)
     items = _mixed(ids, None)
     rig.run(items)
-    total, logged = counts_of(items), [outcome.counts for outcome in rig.log.outcomes]
+    total = sum((item.unversioned for item in items), counts_of(items))
+    logged = [outcome.counts + outcome.unversioned for outcome in rig.log.outcomes]
     for name, field in (
         ("rounds", "num_rounds"), ("drafted", "num_drafted"), ("examined", "num_examined"),
         ("accepted", "num_accepted"),
@@ -428,7 +429,8 @@ def test_serving_n3_n4_counters_agree(rig_for, ids):
     assert sum(outcome.delivered_tokens for outcome in rig.log.outcomes) == len(items) * N
     for item in items:
         assert sum(item.accepted_by_position) == counts_of([item]).num_accepted
-        assert item.num_generated == counts_of([item]).num_accepted + counts_of([item]).num_rounds + item.plain_rounds
+        both = counts_of([item]) + item.unversioned
+        assert item.num_generated == both.num_accepted + both.num_rounds + item.plain_rounds
 
 
 # -- pairs and settings that do not fit ------------------------------------------------------

@@ -10,8 +10,11 @@ from pydantic import ValidationError
 from tiny_pair import write_target
 
 from serving.api.errors import ApiError, validation_error
-from serving.api.schema import ChatRequest, CompletionRequest
+from serving.api.schema import Speculative, StreamOptions
+from serving.api.schema_chat import ChatRequest
+from serving.api.schema_completion import CompletionRequest
 from serving.api.text import TargetText
+from serving.api.tokens import DetokenizeRequest, TokenizeRequest
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -58,3 +61,28 @@ def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ApiError, match="surrogate") as caught:
             encode()
         assert caught.value.status == 400
+
+
+def test_every_field_is_documented() -> None:
+    """docs/api.md names each field that a body may have."""
+    page = (Path(__file__).resolve().parent.parent / "docs/api.md").read_text(encoding="utf-8")
+    for model in (ChatRequest, CompletionRequest, StreamOptions, Speculative, TokenizeRequest, DetokenizeRequest):
+        hidden = {"include_obfuscation", "continue_final_message"}  # accepted at the value that asks for nothing
+        for name in model.model_fields.keys() - hidden:
+            assert f"`{name}`" in page, f"{model.__name__}.{name}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty"])
+def test_numbers_that_are_none_are_refused(field: str, value: float) -> None:
+    """JSON as Python reads it knows NaN; no tensor should."""
+    with pytest.raises(ValidationError, match=field):
+        ChatRequest.model_validate({**CHAT, field: value})
+
+
+def test_neutral_extras_are_dropped() -> None:
+    """`best_of` equal to n, and fields of the other endpoint at rest, ask for nothing."""
+    body = {"model": "m", "prompt": "x", "n": 3, "best_of": 3, "logprobs": False, "top_logprobs": 0, "tools": []}
+    assert CompletionRequest.model_validate(body).n == 3
+    with pytest.raises(ValidationError, match="best_of"):
+        CompletionRequest.model_validate(body | {"best_of": 4})

@@ -34,7 +34,7 @@ LAYERS = 3
 KEPT = (0, 2)
 ENGINE = EngineSettings(
     max_batch=8, max_model_len=192, kv_tokens=2048, block_tokens=8, prefill_tokens=64, gamma=3, gamma_max=8, threads=1,
-    swap_poll_s=0.02,
+    swap_poll_s=0.02, controller="fixed",
 )  # fmt: skip
 
 

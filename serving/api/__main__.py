@@ -1,4 +1,8 @@
-"""Run the API process: `python -m serving.api`.  Waits for the engine to say what it serves."""
+"""Run the API process: `python -m serving.api`.  Waits for the engine to say what it serves.
+
+The first SIGTERM or SIGINT drains: new requests get a 503, running ones may end.  A second one ends
+them, too, with an error their clients can read.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,11 @@ import os
 import socket
 import sys
 import threading
+from types import FrameType
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
 from adapter.contracts import DraftsmithError, SettingsError
 from adapter.database import migrate, open_database
@@ -20,6 +26,7 @@ from serving.api.app import create_app
 
 log = structlog.get_logger("serving.api")
 
+_LEAVE_S = 5.0  # for responses that were told to end
 _PATIENCE_S = 600.0  # converting or downloading a target takes its time on the first start
 
 
@@ -40,9 +47,30 @@ def main() -> int:
     url = f"http://{host}:{port}"
     facts.put(SERVING, {"url": url, "pid": os.getpid()})
     log.info("api_listening", url=url)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, access_log=False)
-    uvicorn.Server(config).run(sockets=[listener])
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(_LEAVE_S), access_log=False)
+    _Server(config, app).run(sockets=[listener])
+    log.info("api_stopped")
     return 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, except that it keeps listening while it drains, so that clients are told."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._state = app.state
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; on the second signal, stop waiting."""
+        self._state.drain.begin()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Say whether it is time to go; called ten times a second."""
+        leave = await super().on_tick(counter) or self._state.drain.over
+        if leave and self._state.drain.in_flight:
+            log.warning("requests_abandoned", count=self._state.drain.in_flight)
+            self._state.client.abandon()
+        return leave
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -12,7 +12,6 @@ import structlog
 import zmq
 import zmq.asyncio
 
-from adapter.contracts import FinishReason
 from serving import ipc
 from serving.api.errors import ApiError
 from serving.snapshot import Snapshot
@@ -20,7 +19,7 @@ from serving.snapshot import Snapshot
 log = structlog.get_logger(__name__)
 
 _HELLO_AFTER_S = 2.0  # say hello again when the engine was silent this long: it may have restarted
-_Message = ipc.Tokens | ipc.Refused | None  # None: the engine that had the request is gone
+_Message = ipc.Tokens | ipc.Refused | ApiError  # an error: nothing more will come
 
 
 class EngineClient:
@@ -61,7 +60,8 @@ class EngineClient:
     async def generate(self, submit: ipc.Submit) -> AsyncGenerator[ipc.Tokens, None]:
         """Submit a request and yield its tokens, a round at a time.
 
-        Closing the iterator early cancels the request: its slot is free within a round.
+        Closing the iterator early cancels the request: its slot is free within a round.  After `finish`
+        the last message still comes, with the request's summary.
 
         Raises:
             ApiError: the engine refused the request, or went away.
@@ -72,32 +72,33 @@ class EngineClient:
         self._queues[submit.request_id] = queue
         finished, delivered = False, 0
         try:
-            await self._send(submit)
+            await self._socket.send(ipc.encode(submit))
             while not finished:
                 message = await queue.get()
-                if message is None:
-                    raise ApiError(
-                        503, "the engine went away while this request ran; send it again", code="engine_lost"
-                    )
+                if isinstance(message, ApiError):
+                    raise message
                 if isinstance(message, ipc.Refused):
                     finished = True
-                    raise ApiError(message.status, message.message)
+                    raise ApiError(message.status, message.message, param=message.param)
                 finished = message.finish_reason is not None
                 delivered += len(message.token_ids)
                 yield message
         finally:
             self._queues.pop(submit.request_id, None)
             if not finished:
-                await self.end(submit.request_id, delivered)
+                self._post(ipc.End(request_id=submit.request_id, reason="cancelled", delivered_tokens=delivered))
 
-    async def end(self, request_id: str, delivered_tokens: int, *, stopped: bool = False) -> None:
-        """Stop a request in the engine: the client left, or its stop string was found."""
-        self._queues.pop(request_id, None)
-        reason: FinishReason = "stop" if stopped else "cancelled"
-        await self._send(ipc.End(request_id=request_id, reason=reason, delivered_tokens=delivered_tokens))
+    def finish(self, request_id: str, delivered_tokens: int) -> None:
+        """Tell the engine that a stop string was found; it answers with the request's last message."""
+        self._post(ipc.End(request_id=request_id, reason="stop", delivered_tokens=delivered_tokens))
 
-    async def _send(self, message: ipc.ToEngine) -> None:
-        await self._socket.send(ipc.encode(message))
+    def abandon(self) -> None:
+        """End every request that still runs, with an error its client can read: the server leaves."""
+        self._lose_all(ApiError(503, "the server is shutting down; send it again", code="shutting_down"))
+
+    def _post(self, message: ipc.ToEngine) -> None:
+        """Send without waiting, so that a request that is being cancelled still says so."""
+        self._socket.send(ipc.encode(message))
 
     async def _read(self) -> None:
         while True:
@@ -112,16 +113,20 @@ class EngineClient:
         before, self.snapshot = self.snapshot, snapshot
         if before is not None and before.engine_id != snapshot.engine_id:
             log.warning("engine_restarted", lost_requests=len(self._queues))
-            self._lose_all()
+            self._lose_all(_lost())
 
-    def _lose_all(self) -> None:
+    def _lose_all(self, error: ApiError) -> None:
         for queue in self._queues.values():
-            queue.put_nowait(None)
+            queue.put_nowait(error)
 
     async def _greet(self) -> None:
         while True:
             if time.monotonic() - self._heard_s > _HELLO_AFTER_S:
-                await self._send(ipc.Hello(name=self._name))
+                self._post(ipc.Hello(name=self._name))
             if self._queues and not self.alive:
-                self._lose_all()
+                self._lose_all(_lost())
             await asyncio.sleep(0.5)
+
+
+def _lost() -> ApiError:
+    return ApiError(503, "the engine went away while this request ran; send it again", code="engine_lost")

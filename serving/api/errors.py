@@ -7,6 +7,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+_MOST_PROBLEMS = 5  # listed in one message
+_CODES = {401: "invalid_api_key", 413: "body_too_large", 429: "server_busy"}
+
+
+class FieldError(ValueError):
+    """A field that does not fit the others of its object; `field` is its name inside that object."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
 
 class ApiError(Exception):
     """A request that is answered with an error.  `param` names the field that is wrong."""
@@ -16,7 +27,7 @@ class ApiError(Exception):
         self.status = status
         self.message = message
         self.param = param
-        self.code = code
+        self.code = code or _CODES.get(status)
 
     def body(self) -> dict[str, object]:
         """Return the JSON body."""
@@ -45,34 +56,53 @@ def install_error_handlers(app: FastAPI) -> None:
         return ApiError(error.status_code, str(error.detail)).response()
 
     @app.exception_handler(Exception)
-    async def _unexpected(_request: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, f"the server failed on this request ({type(error).__name__}); see its log").response()
+    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+        answer = ApiError(500, f"the server failed on this request ({type(error).__name__}); see its log").response()
+        if request_id := request.scope.get("state", {}).get("request_id"):  # this handler is outside all middleware
+            answer.headers["X-Request-Id"] = request_id
+        return answer
 
 
 def validation_error(problems: list[dict[str, object]]) -> ApiError:
-    """Turn pydantic's findings into one 400 that names the first field and lists all."""
-    named = []
-    for problem in problems:
-        location = _field(problem.get("loc", ()))
-        if problem.get("type") == "extra_forbidden":
-            named.append((location, f"'{'.'.join(location)}' is not supported by this server; leave it out"))
-        elif problem.get("type") == "json_invalid":
-            named.append(([], f"the body is not valid JSON: {_json_problem(problem)}"))
-        elif isinstance(problem.get("input"), bytes):
-            named.append(([], "the body is not read as JSON; send it with 'Content-Type: application/json'"))
-        else:
-            given = problem.get("input")
-            shown = "" if isinstance(given, dict) else f" (got {given!r:.80})"
-            where = f"'{'.'.join(location)}': " if location else ""
-            named.append((location, f"{where}{problem.get('msg')}{shown}"))
-    param = ".".join(named[0][0]) or None
-    return ApiError(400, "; ".join(text for _, text in named), param=param, code="invalid_value")
+    """Turn pydantic's findings into one 400 that names the first field and lists the first few."""
+    named = [_named(problem) for problem in problems]
+    texts = list(dict.fromkeys(text for _, text in named))
+    shown = "; ".join(texts[:_MOST_PROBLEMS])
+    more = f"; and {len(texts) - _MOST_PROBLEMS} more" if len(texts) > _MOST_PROBLEMS else ""
+    return ApiError(400, shown + more, param=".".join(named[0][0]) or None, code="invalid_value")
+
+
+def _named(problem: dict[str, object]) -> tuple[list[str], str]:
+    """Return where one problem is, and a sentence about it."""
+    location = _field(problem.get("loc", ()))
+    context = problem.get("ctx")
+    cause = context.get("error") if isinstance(context, dict) else None
+    if problem.get("type") == "extra_forbidden":
+        return location, f"'{'.'.join(location)}' is not supported by this server; leave it out"
+    if problem.get("type") == "json_invalid":
+        return [], f"the body is not valid JSON: {_json_problem(problem)}"
+    if isinstance(problem.get("input"), bytes):
+        return [], "the body is not read as JSON; send it with 'Content-Type: application/json'"
+    if isinstance(cause, FieldError):
+        location = [*location, cause.field]
+        return location, f"'{'.'.join(location)}': {cause}"
+    given = problem.get("input")
+    shown = "" if isinstance(given, dict) else f" (got {given!r:.80})"
+    where = f"'{'.'.join(location)}': " if location else ""
+    return location, f"{where}{problem.get('msg')}{shown}"
 
 
 def _field(location: object) -> list[str]:
     """Name a field as the client wrote it: without the branches of a union that pydantic tried."""
     parts = [str(part) for part in location if part != "body"]  # type: ignore[attr-defined]
-    branch = next((i for i, part in enumerate(parts) if "[" in part or part in ("str", "int", "float")), len(parts))
+    branch = next(
+        (
+            i
+            for i, part in enumerate(parts)
+            if "[" in part or part in ("str", "int", "float") or part.startswith(("constrained-", "literal"))
+        ),
+        len(parts),
+    )
     return parts[:branch]
 
 

@@ -1,124 +1,208 @@
-"""From a checked request to pieces of text: the part chat and plain completions share."""
+"""From a checked request to pieces of its answers: the part chat and plain completions share."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import secrets
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
 
-from adapter.contracts import Sampling
-from adapter.settings import EngineSettings
+from adapter.contracts import Grammar, Sampling
+from adapter.settings import ApiSettings, EngineSettings
 from serving import ipc
+from serving.api.answer import AnswerText
+from serving.api.choices import Choice, Choices, Piece, derived_seed
 from serving.api.engine_client import EngineClient
 from serving.api.errors import ApiError
 from serving.api.metrics import ServingMetrics
 from serving.api.schema import Generation
-from serving.api.text import AnswerText, TargetText
+from serving.api.text import TargetText
 
 _GREEDY_BELOW = 1e-5
-_SEED_MASK = (1 << 64) - 1
-
-
-@dataclass(slots=True)
-class Piece:
-    """A stretch of answer text; the last one carries the finish reason."""
-
-    text: str
-    finish_reason: str | None = None
-
-
-@dataclass(slots=True)
-class Answer:
-    """Token counts of one answer, complete when the last piece has been read."""
-
-    prompt_tokens: int
-    completion_tokens: int = 0
-    started_s: float = field(default_factory=time.monotonic)
-
-    def usage(self) -> dict[str, int]:
-        """Return the OpenAI usage block."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-        }
 
 
 class Generator:
     """Run requests on the engine and turn their tokens into text."""
 
     def __init__(
-        self, client: EngineClient, text: TargetText, settings: EngineSettings, metrics: ServingMetrics
+        self, client: EngineClient, text: TargetText, engine: EngineSettings, api: ApiSettings, metrics: ServingMetrics
     ) -> None:
         self._client = client
         self.text = text
-        self._settings = settings
+        self.engine = engine
+        self.api = api
         self._metrics = metrics
 
-    def submit_for(
-        self, request: Generation, token_ids: list[int], limit: int | None, request_id: str, segment: str
-    ) -> ipc.Submit:
-        """Build the engine's message.
+    def choices_for(
+        self,
+        request: Generation,
+        prompts: list[list[int]],
+        request_id: str,
+        segment: str,
+        *,
+        show_special: bool = False,
+    ) -> Choices:
+        """Build the engine's messages, one for each answer.
 
         Raises:
             ApiError: 400, naming the field, when the request cannot be served as it stands.
         """
-        room = self._settings.max_model_len - len(token_ids)
-        if not token_ids:
-            raise ApiError(400, "the prompt is empty; give at least one token", param="prompt")
-        if room < 1 or (limit or 1) > room:
+        total = len(prompts) * request.n
+        if total > self.api.max_choices:
             raise ApiError(
-                400,
-                f"the prompt has {len(token_ids)} tokens and max_tokens is {limit}; together they must not exceed "
-                f"{self._settings.max_model_len}",
-                param="max_tokens" if room >= 1 else "messages",
-                code="context_length_exceeded",
+                400, f"{len(prompts)} prompts times n = {request.n} are {total} answers; this server gives at most "
+                f"{self.api.max_choices} a request", param="n", code="invalid_value",
+            )  # fmt: skip
+        limits = [self._limit(request, ids) for ids in prompts]
+        samplings = self._samplings(request)
+        end_tokens = self._end_tokens(request)
+        grammar = _grammar(request)
+        choices = Choices(prompts, request.n)
+        for index in range(total):
+            prompt = index // request.n
+            submit = ipc.Submit(
+                request_id=request_id if total == 1 else f"{request_id}-{index}", token_ids=prompts[prompt],
+                max_tokens=limits[prompt], sampling=samplings[index % request.n], end_tokens=end_tokens,
+                segment=segment, gamma=self._gamma(request), version=request.speculative.version, grammar=grammar,
+                logprobs=request.num_logprobs, priority=request.priority, cache_salt=request.cache_salt or "",
+            )  # fmt: skip
+            answer = AnswerText(
+                self.text, request.stop, min_tokens=request.min_tokens, keep_stop=request.include_stop_str_in_output,
+                skip_special=request.skip_special_tokens and not show_special,
+            )  # fmt: skip
+            choices.items.append(
+                Choice(index, submit, answer, frozenset(request.stop_token_ids), request.include_stop_str_in_output)
             )
+        return choices
+
+    def pieces(self, choices: Choices) -> AsyncGenerator[Piece, None]:
+        """Yield the pieces of all answers as they come; closing the iterator frees their slots."""
+        streams = [self._one(choice) for choice in choices.items]
+        return streams[0] if len(streams) == 1 else _merge(streams)
+
+    async def _one(self, choice: Choice) -> AsyncGenerator[Piece, None]:
+        latency = self._metrics.begin()
+        try:
+            async with aclosing(self._client.generate(choice.submit)) as rounds:
+                async for tokens in rounds:
+                    if choice.finished:  # its stop string was found; only the engine's summary is missing
+                        choice.summary = tokens.summary or choice.summary
+                        continue
+                    piece = choice.take(tokens)
+                    latency.tokens(len(piece.token_ids))
+                    if choice.finished:
+                        latency.end()
+                        if tokens.finish_reason is None:
+                            self._client.finish(choice.submit.request_id, choice.num_tokens)
+                    yield piece
+        finally:
+            latency.end()
+
+    # -- checks ------------------------------------------------------------------------------
+
+    def _limit(self, request: Generation, token_ids: list[int]) -> int:
+        """Return the most tokens the answer to this prompt may have."""
+        limit, most = request.token_limit, self.engine.max_model_len
+        room = most - len(token_ids)
+        param = "messages" if hasattr(request, "messages") else "prompt"
+        if not token_ids:
+            raise ApiError(400, "the prompt is empty; give at least one token", param=param)
+        if room < 1:
+            raise ApiError(
+                400, f"the prompt has {len(token_ids)} tokens; this model's context holds {most}, the answer included",
+                param=param, code="context_length_exceeded",
+            )  # fmt: skip
+        if max(limit or 1, request.min_tokens) > room:
+            raise ApiError(
+                400, f"the prompt has {len(token_ids)} tokens and the answer may have {limit}; together they must not "
+                f"exceed {most}", param="max_tokens", code="context_length_exceeded",
+            )  # fmt: skip
+        return limit or room
+
+    def _samplings(self, request: Generation) -> list[Sampling]:
+        """Return the parameters of each answer to a prompt; they differ in their seeds only."""
+        for token in request.logit_bias:
+            self.check_token(token, "logit_bias")
+        seeds = [
+            secrets.randbits(63) if request.seed is None else derived_seed(request.seed, i) for i in range(request.n)
+        ]
         # Below this, dividing by the temperature overflows; the law is greedy long before.
         temperature = request.temperature if request.temperature >= _GREEDY_BELOW else 0.0
-        seed = request.seed if request.seed is not None else secrets.randbits(63)
-        return ipc.Submit(
-            request_id=request_id, token_ids=token_ids, max_tokens=limit or room,
-            sampling=Sampling(
-                temperature=temperature, top_p=request.top_p, top_k=request.top_k, seed=seed & _SEED_MASK
-            ),
-            end_tokens=self.text.end_tokens, segment=segment, gamma=self._gamma(request),
-        )  # fmt: skip
+        return [
+            Sampling(
+                temperature=temperature, top_p=request.top_p, top_k=request.top_k, min_p=request.min_p, seed=seed,
+                presence_penalty=request.presence_penalty, frequency_penalty=request.frequency_penalty,
+                repetition_penalty=request.repetition_penalty, min_tokens=request.min_tokens,
+                logit_bias=tuple(sorted(request.logit_bias.items())),
+            )
+            for seed in seeds
+        ]  # fmt: skip
 
-    async def pieces(self, submit: ipc.Submit, stops: list[str], answer: Answer) -> AsyncGenerator[Piece, None]:
-        """Yield the answer's text as it becomes certain; counts are kept in `answer`."""
-        text = AnswerText(self.text, stops)
-        reason = "cancelled"
-        try:
-            async with aclosing(self._client.generate(submit)) as rounds:
-                async for tokens in rounds:
-                    out = "".join(text.push(token) for token in tokens.token_ids)
-                    self._metrics.tokens(answer.started_s, text.num_tokens - answer.completion_tokens)
-                    answer.completion_tokens = text.num_tokens
-                    reason = "stop" if text.stopped else tokens.finish_reason or ""
-                    if reason == "length" or (reason == "stop" and not text.stopped):
-                        out += text.finish()
-                        reason = "stop" if text.stopped else reason
-                    if text.stopped and tokens.finish_reason is None:
-                        await self._client.end(submit.request_id, text.num_tokens, stopped=True)
-                    if out or reason:
-                        yield Piece(out, reason or None)
-                    if reason:
-                        return
-        finally:
-            self._metrics.finished(answer.started_s)
+    def _end_tokens(self, request: Generation) -> list[int]:
+        for token in request.stop_token_ids:
+            self.check_token(token, "stop_token_ids")
+        own = [] if request.ignore_eos else self.text.end_tokens
+        return [*own, *(token for token in dict.fromkeys(request.stop_token_ids) if token not in own)]
+
+    def check_token(self, token: int, param: str) -> None:
+        """Refuse a token id that the target does not have.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        if not 0 <= token < self.text.vocab_size:
+            text = f"'{param}': token id {token} is outside 0..{self.text.vocab_size - 1}"
+            raise ApiError(400, text, param=param, code="invalid_value")
 
     def _gamma(self, request: Generation) -> int | None:
         if not request.speculative.enabled:
             return 0
         gamma = request.speculative.gamma
-        if gamma is not None and gamma > self._settings.gamma_max:
+        if gamma is not None and gamma > self.engine.gamma_max:
             raise ApiError(
                 400,
-                f"'speculative.gamma' is {gamma}; this server drafts at most {self._settings.gamma_max} tokens a round",
+                f"'speculative.gamma' is {gamma}; this server drafts at most {self.engine.gamma_max} tokens a round",
                 param="speculative.gamma",
                 code="invalid_value",
             )
         return gamma
+
+
+def _grammar(request: Generation) -> Grammar | None:
+    form = request.response_format
+    if form is None or form.type == "text":
+        return None
+    if form.json_schema is None:
+        return Grammar(kind="json_object")
+    return Grammar(kind="json_schema", schema=json.dumps(form.json_schema.content, ensure_ascii=False))
+
+
+async def _merge(streams: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """Yield from several streams as their items come; the first error ends them all."""
+    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+
+    async def drain(stream: AsyncIterator[Piece]) -> None:
+        try:
+            async with aclosing(stream):  # type: ignore[type-var]
+                async for item in stream:
+                    queue.put_nowait(item)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(drain(stream)) for stream in streams]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

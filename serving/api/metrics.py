@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serving.api.controller_metrics import controller_families
 from serving.snapshot import Snapshot
 
 _LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -34,30 +35,11 @@ class EngineCollector(Collector):
         snap = self._snapshot()
         if snap is None:
             return
-        for name, text, value in (
-            ("vllm:spec_decode_num_drafts", "Rounds with at least one drafted token.", snap.rounds),
-            ("vllm:spec_decode_num_draft_tokens", "Drafted tokens.", snap.drafted),
-            ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens the target kept.", snap.accepted),
-            ("draftsmith_examined_tokens", "Drafted tokens verification looked at.", snap.examined),
-            ("vllm:prompt_tokens", "Prompt tokens of finished requests.", snap.prompt_tokens),
-            ("vllm:generation_tokens", "Committed tokens.", snap.generated_tokens),
-            ("vllm:num_preemptions", "Requests that gave their cache blocks back.", snap.preempted),
-            ("draftsmith_engine_steps", "Steps of the decoding loop.", snap.steps),
-            ("draftsmith_engine_step_seconds", "Time inside steps.", snap.step_s),
-            ("draftsmith_engine_draft_seconds", "Time inside drafting.", snap.draft_s),
-            ("draftsmith_log_entries", "Log entries offered.", snap.log_offered),
-            ("draftsmith_log_dropped", "Log entries dropped because Redis was slow or gone.", snap.log_dropped),
-            ("draftsmith_draft_swaps", "Draft versions swapped in.", snap.swaps),
-        ):
+        for name, text, value in _counters(snap):
             yield self._family(CounterMetricFamily, name, text, value)
-        for name, text, level in (
-            ("vllm:num_requests_running", "Requests in the batch.", snap.running),
-            ("vllm:num_requests_waiting", "Requests waiting for a place.", snap.waiting),
-            ("vllm:kv_cache_usage_perc", "Share of cache blocks in use, 0 to 1.", snap.kv_usage),
-            ("draftsmith_draft_generation", "Generation of the draft being served.", snap.generation),
-            ("draftsmith_log_connected", "1 while the log reaches Redis.", float(snap.log_connected)),
-        ):
+        for name, text, level in _gauges(snap):
             yield self._family(GaugeMetricFamily, name, text, level)
+        yield from controller_families(snap.controller, self._model)
         positions = CounterMetricFamily(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
             "Drafted tokens kept, by position in the round.",
@@ -81,6 +63,54 @@ class EngineCollector(Collector):
         return family
 
 
+def _counters(snap: Snapshot) -> tuple[tuple[str, str, float], ...]:
+    """Every counter without labels of its own: name, meaning, value."""
+    return (
+        ("vllm:spec_decode_num_drafts", "Rounds with at least one drafted token.", snap.rounds),
+        ("vllm:spec_decode_num_draft_tokens", "Drafted tokens.", snap.drafted),
+        ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens the target kept.", snap.accepted),
+        ("draftsmith_examined_tokens", "Drafted tokens verification looked at.", snap.examined),
+        ("vllm:prompt_tokens", "Prompt tokens of finished requests.", snap.prompt_tokens),
+        ("vllm:generation_tokens", "Committed tokens.", snap.generated_tokens),
+        ("vllm:num_preemptions", "Requests that gave their cache blocks back.", snap.preempted),
+        ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", snap.prefix_queries),
+        ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", snap.prefix_hits),
+        ("draftsmith_engine_steps", "Steps of the decoding loop.", snap.steps),
+        ("draftsmith_engine_step_seconds", "Time inside steps.", snap.step_s),
+        ("draftsmith_engine_draft_seconds", "Time inside drafting.", snap.draft_s),
+        ("draftsmith_log_entries", "Log entries offered.", snap.log_offered),
+        ("draftsmith_log_dropped", "Log entries dropped because Redis was slow or gone.", snap.log_dropped),
+        ("draftsmith_draft_swaps", "Draft versions swapped in.", snap.swaps),
+        (
+            "draftsmith_draft_vocab_counted",
+            "Committed tokens held against the draft vocabulary.",
+            snap.draft_vocab_counted,
+        ),
+        (
+            "draftsmith_draft_vocab_inside",
+            "Of those, tokens the draft scores; the ratio is its coverage.",
+            snap.draft_vocab_inside,
+        ),
+    )
+
+
+def _gauges(snap: Snapshot) -> tuple[tuple[str, str, float], ...]:
+    """Every gauge without labels of its own: name, meaning, value."""
+    return (
+        ("vllm:num_requests_running", "Requests in the batch.", snap.running),
+        ("vllm:num_requests_waiting", "Requests waiting for a place.", snap.waiting),
+        ("vllm:kv_cache_usage_perc", "Share of cache blocks in use, 0 to 1.", snap.kv_usage),
+        ("draftsmith_draft_generation", "Generation of the draft being served.", snap.generation),
+        (
+            "draftsmith_draft_vocab_number",
+            "Number of the draft vocabulary in force; 0 is the full one.",
+            snap.draft_vocab_number,
+        ),
+        ("draftsmith_draft_vocab_size", "Tokens the draft scores; 0 where it is never trimmed.", snap.draft_vocab_size),
+        ("draftsmith_log_connected", "1 while the log reaches Redis.", float(snap.log_connected)),
+    )
+
+
 class ServingMetrics:
     """Latency histograms measured where the client sees them, in the API process."""
 
@@ -96,23 +126,34 @@ class ServingMetrics:
         self._first = histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.")
         self._between = histogram("vllm:inter_token_latency_seconds", "Between two tokens of one answer.")
         self._total = histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.")
-        self._last: dict[float, float] = {}
 
-    def tokens(self, started_s: float, count: int) -> None:
-        """Observe the arrival of `count` tokens of the answer that started at `started_s`.
+    def begin(self) -> Latency:
+        """Start the clock of one answer."""
+        return Latency(self._first, self._between, self._total, self._clock)
 
-        Tokens of one round arrive together; their gap is shared evenly.
-        """
+
+class Latency:
+    """The clock of one answer; tokens of one round arrive together and share their gap evenly."""
+
+    def __init__(self, first: Histogram, between: Histogram, total: Histogram, clock: Callable[[], float]) -> None:
+        self._first, self._between, self._total = first, between, total
+        self._clock = clock
+        self._started_s = clock()
+        self._last_s: float | None = None
+        self._ended = False
+
+    def tokens(self, count: int) -> None:
+        """Observe the arrival of `count` tokens."""
         now = self._clock()
-        before = self._last.get(started_s)
-        self._last[started_s] = now
-        if before is None:
-            self._first.observe(now - started_s)
-            return
-        for _ in range(count):
-            self._between.observe((now - before) / count)
+        if self._last_s is None:
+            self._first.observe(now - self._started_s)
+        else:
+            for _ in range(count):
+                self._between.observe((now - self._last_s) / count)
+        self._last_s = now
 
-    def finished(self, started_s: float) -> None:
-        """Observe the end of the answer that started at `started_s`."""
-        self._last.pop(started_s, None)
-        self._total.observe(self._clock() - started_s)
+    def end(self) -> None:
+        """Observe the end of the answer, the first time it is said."""
+        if not self._ended:
+            self._ended = True
+            self._total.observe(self._clock() - self._started_s)

@@ -1,75 +1,147 @@
-"""POST /v1/chat/completions and POST /v1/completions."""
+"""POST /v1/chat/completions and POST /v1/completions: from a body to one response or a stream."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import re
-import time
-import uuid
-from abc import ABC, abstractmethod
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from serving.api.choices import Choices, Piece
 from serving.api.errors import ApiError
-from serving.api.generation import Answer, Generator, Piece
-from serving.api.schema import ChatRequest, CompletionRequest, Generation
+from serving.api.generation import Generator
+from serving.api.schema import Generation
+from serving.api.schema_chat import ChatRequest
+from serving.api.schema_completion import CompletionRequest
+from serving.api.shapes import ChatShape, Shape, TextShape, Whole, Wishes
+from serving.api.speculation import spec_metrics
 
 _T = TypeVar("_T")
 router = APIRouter()
 
 SEGMENT_HEADER = "x-draftsmith-segment"
 DEFAULT_SEGMENT = "default"
+SPEC_METRICS_HEADER = "x-draftsmith-spec-metrics"
 _SEGMENT = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_LONG = 20_000  # characters; encoding more is done beside the event loop
 
 
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a chat."""
-    generator: Generator = request.app.state.generator
-    messages = [{"role": message.role, "content": message.text} for message in body.messages]
-    ids = generator.text.encode_chat(messages)
-    return await _answer(body, request, ids, body.token_limit, _ChatShape)
+    text = _generator(request).text
+    check_tools(request, body)
+    messages = [message.for_template() for message in body.messages]
+    ids = text.encode_chat(messages, body.tools_for_template())
+    return await _answer(body, request, [ids], ChatShape, _wishes(body, request))
 
 
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
-    """Continue a text."""
-    generator: Generator = request.app.state.generator
-    if isinstance(body.prompt, str):
-        ids = generator.text.encode(body.prompt)
-    else:
-        ids = list(body.prompt)
-        bad = [token for token in ids if not 0 <= token < generator.text.vocab_size]
-        if bad:
-            raise ApiError(400, f"token id {bad[0]} is outside 0..{generator.text.vocab_size - 1}", param="prompt")
-    return await _answer(body, request, ids, body.token_limit, _TextShape)
+    """Continue one text or several."""
+    generator = _generator(request)
+    prompts = []
+    for prompt in body.prompts:
+        if isinstance(prompt, str):
+            long = len(prompt) > _LONG
+            encode = generator.text.encode
+            prompts.append(await asyncio.to_thread(encode, prompt) if long else encode(prompt))
+            continue
+        for token in prompt:
+            generator.check_token(token, "prompt")
+        prompts.append(prompt)
+    wishes = _wishes(body, request)
+    if body.echo:
+        echoes = tuple(
+            prompt if isinstance(prompt, str) else generator.text.decode(prompt, skip_special=body.skip_special_tokens)
+            for prompt in body.prompts
+        )
+        wishes = replace(wishes, echoes=echoes)
+    return await _answer(body, request, prompts, TextShape, wishes)
+
+
+def check_tools(request: Request, body: ChatRequest) -> None:
+    """Refuse tools that the served model's chat template does not know, or whose calls it spells otherwise.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    template = _generator(request).text.template
+    knows = template is not None and template.knows_tools
+    if body.calls_tools and not (template is not None and template.parses_calls):
+        why = "spells tool calls in a form that is not parsed here" if knows else "does not know tools"
+        raise ApiError(400, f"'tools' is not supported with this model: its chat template {why}", param="tools")
+    for place, message in enumerate(body.messages):
+        if message.needs_tools and not knows:
+            field = "role" if message.role == "tool" else "tool_calls"
+            raise ApiError(
+                400, f"'messages.{place}.{field}' is not supported with this model: its chat template does not know "
+                "tools", param=f"messages.{place}.{field}",
+            )  # fmt: skip
 
 
 async def _answer(
-    body: Generation, request: Request, ids: list[int], limit: int | None, shape: type[_Shape]
+    body: Generation, request: Request, prompts: list[list[int]], form: type[Shape], wishes: Wishes
 ) -> Response:
-    generator: Generator = request.app.state.generator
-    served = request.app.state.model_name
-    if body.model != served:
-        raise ApiError(404, f"model {body.model!r} is not served here; this server has {served!r}", param="model",
-                       code="model_not_found")  # fmt: skip
-    form = shape(f"{shape.prefix}-{uuid.uuid4().hex}", served)
-    submit = generator.submit_for(body, ids, limit, form.request_id, _segment(request))
-    answer = Answer(prompt_tokens=len(ids))
-    pieces = generator.pieces(submit, body.stop, answer)
-    headers = {"X-Request-Id": form.request_id}
+    generator = _generator(request)
+    check_model(request, body.model)
+    request_id = f"{form.prefix}-{request.state.request_id}"
+    # A client may send its id twice; the engine may not hear it twice.
+    unique = f"{request_id}-{secrets.token_hex(4)}" if request.state.request_id_is_clients else request_id
+    choices = generator.choices_for(body, prompts, unique, _segment(request), show_special=wishes.tools and
+                                    generator.text.calls_are_special)  # fmt: skip
+    shape = form(request_id, body.model, generator.text, wishes, choices)
+    pieces = generator.pieces(choices)
     if body.stream:
         first = await _unless_gone(_first(pieces), request)
-        usage = bool(body.stream_options and body.stream_options.include_usage)
-        events = _events(form, first, pieces, answer, usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-    text, reason = await _unless_gone(_collect(pieces), request)
-    return JSONResponse(form.whole(text, reason, answer), headers=headers)
+        return StreamingResponse(_events(shape, first, pieces, choices, wishes), media_type="text/event-stream")
+    wholes = await _unless_gone(_collect(pieces, choices), request)
+    answer = shape.whole(wholes)
+    metrics = _metrics(choices, wishes)
+    return JSONResponse(answer if metrics is None else answer | {"metrics": metrics})
+
+
+def check_model(request: Request, name: str) -> None:
+    """Refuse a model that is not the served one.
+
+    Raises:
+        ApiError: 404.
+    """
+    served = request.app.state.model_name
+    if name != served:
+        raise ApiError(404, f"model {name!r} is not served here; this server has {served!r}", param="model",
+                       code="model_not_found")  # fmt: skip
+
+
+def _generator(request: Request) -> Generator:
+    generator: Generator = request.app.state.generator
+    return generator
+
+
+def _wishes(body: Generation, request: Request) -> Wishes:
+    options = body.stream_options
+    generator = _generator(request)
+    header = request.headers.get(SPEC_METRICS_HEADER)
+    if header not in (None, "none", "summary"):
+        raise ApiError(
+            400, f"header {SPEC_METRICS_HEADER} is {header!r:.80}; use none or summary", param=SPEC_METRICS_HEADER
+        )
+    spec = body.spec_metrics or header or generator.api.spec_metrics
+    gamma = body.speculative.gamma
+    return Wishes(
+        num_logprobs=body.num_logprobs, token_ids=body.return_token_ids,
+        tools=isinstance(body, ChatRequest) and body.calls_tools,
+        usage=bool(options and options.include_usage),
+        running_usage=bool(options and options.continuous_usage_stats),
+        spec_tokens=(generator.engine.gamma_max if gamma is None else gamma) if spec == "summary" else None,
+    )  # fmt: skip
 
 
 def _segment(request: Request) -> str:
@@ -81,39 +153,48 @@ def _segment(request: Request) -> str:
     return value
 
 
+def _metrics(choices: Choices, wishes: Wishes) -> dict[str, Any] | None:
+    """Return what speculation did for the whole request, when asked for."""
+    if wishes.spec_tokens is None:
+        return None
+    summaries = [choice.summary for choice in choices.items if choice.summary is not None]
+    return {"speculative_decoding": spec_metrics(summaries, wishes.spec_tokens)}
+
+
 async def _events(
-    form: _Shape, first: Piece | None, pieces: AsyncGenerator[Piece, None], answer: Answer, usage: bool
+    shape: Shape, first: Piece | None, pieces: AsyncGenerator[Piece, None], choices: Choices, wishes: Wishes
 ) -> AsyncIterator[str]:
     async with aclosing(pieces):
         try:
-            yield _event(form.opening())
-            if first is not None:
-                yield _event(form.chunk(first))
+            for event in shape.openings():
+                yield _event(event)
+            for event in shape.chunks(first) if first is not None else []:
+                yield _event(event)
             async for piece in pieces:
-                yield _event(form.chunk(piece))
-            if usage:
-                yield _event(form.usage_chunk(answer))
+                for event in shape.chunks(piece):
+                    yield _event(event)
+            metrics = _metrics(choices, wishes)
+            if wishes.usage or metrics is not None:
+                yield _event(shape.usage_chunk(metrics))
         except ApiError as error:
             yield _event(error.body())
         yield "data: [DONE]\n\n"
 
 
-def _event(body: dict[str, Any] | None) -> str:
-    return "" if body is None else f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-async def _collect(pieces: AsyncIterator[Piece]) -> tuple[str, str | None]:
-    """Read a whole answer."""
-    parts: list[str] = []
-    reason = None
-    async with aclosing(pieces):  # type: ignore[type-var]
+async def _collect(pieces: AsyncGenerator[Piece, None], choices: Choices) -> list[Whole]:
+    """Read all answers to their ends."""
+    wholes = [Whole() for _ in choices.items]
+    async with aclosing(pieces):
         async for piece in pieces:
-            parts.append(piece.text)
-            reason = piece.finish_reason
-    return "".join(parts), reason
+            wholes[piece.index].add(piece)
+    return wholes
 
 
-async def _first(pieces: AsyncIterator[Piece]) -> Piece | None:
+async def _first(pieces: AsyncGenerator[Piece, None]) -> Piece | None:
     """Read the first piece before the response begins, so that a refusal still has its own status."""
     return await anext(pieces, None)
 
@@ -123,7 +204,7 @@ async def _unless_gone(work: Coroutine[Any, Any, _T], request: Request) -> _T:
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ApiError(499, "the client closed the connection")
         return working.result()
@@ -136,75 +217,3 @@ async def _unless_gone(work: Coroutine[Any, Any, _T], request: Request) -> _T:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         continue
-
-
-class _Shape(ABC):
-    """How an answer is wrapped: OpenAI's chat or text objects."""
-
-    prefix = ""
-    whole_object = ""
-    chunk_object = ""
-
-    def __init__(self, request_id: str, model: str) -> None:
-        self.request_id = request_id
-        self._base = {"id": request_id, "created": int(time.time()), "model": model}
-
-    def opening(self) -> dict[str, Any] | None:
-        """The first event of a stream, where the form has one."""
-        return None
-
-    @abstractmethod
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        """One choice of a chunk."""
-
-    def whole(self, text: str, reason: str | None, answer: Answer) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        return {
-            **self._base,
-            "object": self.whole_object,
-            "choices": [self.full_choice(text, reason)],
-            "usage": answer.usage(),
-        }
-
-    @abstractmethod
-    def full_choice(self, text: str, reason: str | None) -> dict[str, Any]:
-        """The only choice of a whole answer."""
-
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        """One event of a stream."""
-        return {**self._base, "object": self.chunk_object, "choices": [self.choice(piece)]}
-
-    def usage_chunk(self, answer: Answer) -> dict[str, Any]:
-        """The last event of a stream that asked for usage."""
-        return {**self._base, "object": self.chunk_object, "choices": [], "usage": answer.usage()}
-
-
-class _ChatShape(_Shape):
-    prefix = "chatcmpl"
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def opening(self) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": ""}
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
-        return {**self._base, "object": self.chunk_object, "choices": [choice]}
-
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        delta = {"content": piece.text} if piece.text else {}
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": piece.finish_reason}
-
-    def full_choice(self, text: str, reason: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-
-
-class _TextShape(_Shape):
-    prefix = "cmpl"
-    whole_object = "text_completion"
-    chunk_object = "text_completion"
-
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        return {"index": 0, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
-
-    def full_choice(self, text: str, reason: str | None) -> dict[str, Any]:
-        return self.choice(Piece(text, reason))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,16 +22,24 @@ from adapter.pairs import Pair
 from adapter.registry import Registry
 from adapter.settings import Settings
 from adapter.streams import StreamPublisher
-from kernels.packed_linear import pack_linears, packing_works
+from kernels.packed_linear import packing_works
 from serving.engine import attention
+from serving.engine.control.adaptive import adaptive
+from serving.engine.control.base import Controller
+from serving.engine.control.cost_model import CostModel
 from serving.engine.control.fixed import FixedGamma
+from serving.engine.control.timing import cost_table
+from serving.engine.draft_vocab import DraftVocab, open_vocabulary
 from serving.engine.engine import Engine
+from serving.engine.grammar import Grammars
 from serving.engine.memory import available_bytes, measure_pair, plan_memory, tokens_of_one_request
 from serving.engine.proposers.base import Proposer
 from serving.engine.proposers.collection import Proposers
 from serving.engine.proposers.draft import DraftProposer
+from serving.engine.proposers.ngram import NgramProposer
+from serving.engine.proposers.past import PastOutputs
 from serving.engine.recorder import Recorder
-from serving.engine.runner import ModelRunner, Work
+from serving.engine.runner import Forwards, ModelRunner, Work
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence
 
@@ -43,6 +53,7 @@ class Built:
     engine: Engine
     publisher: StreamPublisher
     hotswap: HotSwap | None
+    grammars: Grammars
 
 
 def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
@@ -60,37 +71,40 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
         target_fingerprint=pair.target_fingerprint, base_fingerprint=pair.base_fingerprint, actor=ACTOR
     )
     _check_lengths(settings, AutoConfig.from_pretrained(pair.target_path).max_position_embeddings)
-    sizes = measure_pair(pair, settings.engine, draft_dtype=_draft_dtype(pair), packs=packing_works())
+    sizes = measure_pair(pair, settings.engine, draft_dtype=_draft_dtype(pair), packs=_packs(settings))
     plan = plan_memory(settings.engine, sizes, available_bytes())
     log.info("memory_planned", kv_tokens=plan.kv_tokens, **{f"{name}_gib": gib for name, gib in plan.terms().items()})
+    forwards = Forwards(lean=settings.engine.lean, pack=_packs(settings))
     target = load_target(pair)
-    if pair.dtype == "bfloat16" and packing_works():
-        pack_linears(target)
     _check_attention("target", target.config)
     num_blocks = plan.kv_tokens // settings.engine.block_tokens + 1
-    runner = ModelRunner(target, _pool(target, num_blocks, settings))
+    runner = ModelRunner(target, _pool(target, num_blocks, settings), forwards)
     members: list[Proposer] = []
     hotswap = None
     scheduler = _scheduler(settings, num_blocks)
-    if pair.draft_kind != "none":
+    if pair.draft_kind != "none" and DraftProposer.name in settings.engine.proposers:
         draft = _load_draft(pair, target)
         _check_attention("draft", draft.config)
-        draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings))
+        draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings), forwards)
         keep_laws = settings.engine.coupling == "maximal"
-        hotswap = _hotswap(settings, pair, registry, draft_runner, draft)
+        vocabulary = open_vocabulary(settings, pair, database, draft.get_output_embeddings())
+        hotswap = _hotswap(settings, pair, registry, draft_runner, draft, vocabulary)
         members.append(
             proposer := DraftProposer(
                 draft_runner, keep_laws=keep_laws, vocab=target.config.vocab_size,
                 catch_up_tokens=settings.engine.prefill_tokens, resident=hotswap.resident,
+                vocabulary=vocabulary,
             )
         )  # fmt: skip
         scheduler = _scheduler(settings, num_blocks, proposer.version_of)
+    members.extend(_matching(settings, target.config.vocab_size))
+    proposers = Proposers(members)
     publisher = StreamPublisher(
         settings.redis, queue_entries=settings.log.queue_entries, max_entries=settings.log.stream_max_entries,
         timeout_s=settings.log.timeout_s, retry_s=settings.log.retry_s,
     )  # fmt: skip
     engine = Engine(
-        runner, Proposers(members), scheduler, FixedGamma(settings.engine.gamma),
+        runner, proposers, scheduler, _controller(settings, pair, runner, proposers),
         Recorder(
             publisher, settings.log, target_fingerprint=pair.target_fingerprint, coupling=settings.engine.coupling
         ),
@@ -100,16 +114,41 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
         hotswap.start()
         engine.proposers.use(hotswap.model, hotswap.version)
     Facts(database).put(PAIR, msgspec.to_builtins(pair))
-    return Built(engine, publisher, hotswap)
+    grammars = Grammars(Path(pair.target_path) / "tokenizer.json", target.config.vocab_size)
+    return Built(engine, publisher, hotswap, grammars)
+
+
+def _controller(settings: Settings, pair: Pair, target: ModelRunner, proposers: Proposers) -> Controller:
+    """Build what chooses draft lengths; an adaptive one times the pair first, unless it was timed before."""
+    engine = settings.engine
+    if engine.controller == "fixed" or not proposers.members or not engine.gamma_max:
+        order = (DraftProposer.name,) if proposers.draft else tuple(proposers.members)
+        return FixedGamma(engine.gamma, order)
+    proposers.follow()
+    table = cost_table(settings, pair, target, proposers.draft.runner if proposers.draft else None)
+    return adaptive(
+        CostModel(table), gamma_max=engine.gamma_max, hysteresis=engine.hysteresis,
+        switchback_share=engine.switchback_share, explore_share=engine.explore_share,
+        seed=secrets.randbits(32),
+    )  # fmt: skip
+
+
+def _matching(settings: Settings, vocab: int) -> list[Proposer]:
+    """Build the proposers that need no model; under the maximal coupling they give their laws."""
+    laws = vocab if settings.engine.coupling == "maximal" else None
+    built: list[Proposer] = [NgramProposer(vocab=laws), PastOutputs(max_tokens=settings.engine.past_tokens, vocab=laws)]
+    return [member for member in built if member.name in settings.engine.proposers]
 
 
 def _load_draft(pair: Pair, target: Any) -> Any:
-    """Load the base draft; without a native bfloat16 nothing is packed."""
+    """Load the base draft; it borrows the target's embedding and head where both have one dtype."""
     dtype = _draft_dtype(pair)
-    draft = load_draft(pair, dtype, shared=target if DTYPES[pair.dtype] == dtype else None)
-    if packing_works() and not torch.cuda.is_available():
-        pack_linears(draft)
-    return draft
+    return load_draft(pair, dtype, shared=target if DTYPES[pair.dtype] == dtype else None)
+
+
+def _packs(settings: Settings) -> bool:
+    """Whether linear layers get a second copy of their weights, laid out for this CPU."""
+    return settings.engine.pack and not torch.cuda.is_available()
 
 
 def _draft_dtype(pair: Pair) -> torch.dtype:
@@ -117,23 +156,25 @@ def _draft_dtype(pair: Pair) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() or packing_works() else DTYPES[pair.dtype]
 
 
-def _hotswap(settings: Settings, pair: Pair, registry: Registry, runner: ModelRunner, draft: Any) -> HotSwap:
-    vocab = runner.model.config.vocab_size
+def _hotswap(
+    settings: Settings, pair: Pair, registry: Registry, runner: ModelRunner, draft: Any, vocabulary: DraftVocab | None
+) -> HotSwap:
+    vocab, forwards = runner.model.config.vocab_size, runner.forwards
     # A cache of its own: what a broken candidate writes must not reach the draft in force.
-    probe = ModelRunner(runner.model, _pool(draft, 1, settings))
+    probe = ModelRunner(runner.model, _pool(draft, 1, settings), forwards)
 
     def check(model: Any) -> None:
         tokens = [i * 7919 % vocab for i in range(settings.engine.block_tokens)]
-        if model.config._attn_implementation != attention.IMPLEMENTATION:
-            model.set_attn_implementation(attention.IMPLEMENTATION)
         check_finite(probe.forward([Work([0], 0, tokens, 1)], model=model))
 
-    def pack(model: Any) -> None:
-        if packing_works():
-            pack_linears(model, like=draft)
+    def finish(model: Any) -> None:
+        forwards.prepare(model, like=draft)
 
-    slots = DraftSlots(draft, pair, settings.engine.max_lora_norm_ratio, finish=pack)
-    return HotSwap(registry, slots, settings.artifacts_dir, poll_s=settings.engine.swap_poll_s, check=check)
+    slots = DraftSlots(draft, pair, settings.engine.max_lora_norm_ratio, finish=finish)
+    return HotSwap(
+        registry, slots, settings.artifacts_dir, poll_s=settings.engine.swap_poll_s, check=check,
+        companion=vocabulary.refresh if vocabulary is not None else lambda: None,
+    )  # fmt: skip
 
 
 def _pool(model: Any, num_blocks: int, settings: Settings) -> attention.KVPool:

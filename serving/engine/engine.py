@@ -90,12 +90,13 @@ class Engine:
         self._requests[request.request_id] = request
         self.scheduler.add(request)
 
-    def end(self, request_id: str, reason: FinishReason, delivered_tokens: int | None = None) -> None:
-        """End a request now and free its slot: the client left, or a stop string was found."""
+    def end(self, request_id: str, reason: FinishReason, delivered_tokens: int | None = None) -> Sequence | None:
+        """End a request now and free its slot: the client left, or a stop string was found; return it."""
         request = self._requests.get(request_id)
         if request is not None:
             request.finish_reason = reason
             self._close(request, request.num_generated if delivered_tokens is None else delivered_tokens)
+        return request
 
     def step(self) -> list[Delivery]:
         """Run one round for every ready request, and prefill for the others."""
@@ -116,6 +117,7 @@ class Engine:
     # -- the stages of a step ----------------------------------------------------------------
 
     def _follow_registry(self) -> None:
+        self.proposers.follow()
         receipt = self.hotswap.poll() if self.hotswap else None
         if receipt is not None and self.hotswap is not None:
             self.proposers.use(self.hotswap.model, receipt.version)
@@ -184,6 +186,8 @@ class Engine:
             request.num_target_kv = before + min(num_accepted, len(kept))
             if request.constraints is not None:
                 request.constraints.commit(kept)
+                if request.constraints.failed:
+                    request.finish_reason = "error"
             hidden = None if output.hidden is None else output.hidden[own.start : own.stop]
             self.proposers.committed(request, before, proposal, num_accepted, hidden)
             request.count(proposal.version, len(proposal.tokens), num_accepted)

@@ -1,13 +1,20 @@
-"""Run a transformers model over a ragged batch on its paged cache."""
+"""Run a model over a ragged batch on its paged cache: lean where it can, else through transformers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import structlog
 import torch
 
+from kernels.packed_linear import pack_linears
 from serving.engine.attention import IMPLEMENTATION, KVPool, Row, build_layout
+from serving.engine.llama import LeanLlama, lean_reason
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +35,66 @@ class TargetOutput:
     hidden: torch.Tensor | None = None
 
 
-class ModelRunner:
-    """A model bound to a KV pool.  Models of one shape may share the pool: see `use`."""
+class Forwards:
+    """Which forward each model runs: its own lean one, or transformers'.
 
-    def __init__(self, model: Any, pool: KVPool) -> None:
+    Args:
+        lean: run models lean where their architecture is known; False leaves all to transformers.
+        pack: keep a second copy of linear weights where that is faster.
+    """
+
+    def __init__(self, *, lean: bool = True, pack: bool = True) -> None:
+        self._lean = lean
+        self._pack = pack
+        self._built: WeakKeyDictionary[Any, LeanLlama | None] = WeakKeyDictionary()
+
+    def prepare(self, model: Any, like: Any = None) -> None:
+        """Make a model ready to run; again after its weights were written in place.
+
+        What it shares with `like`, a prepared model of the same shape, is not packed twice.
+        """
+        lean = self._built[model] if model in self._built else self._build(model)
+        if model.config._attn_implementation != IMPLEMENTATION:
+            model.set_attn_implementation(IMPLEMENTATION)
+        if self._pack:
+            if lean is not None:
+                lean.pack()
+            pack_linears(model, like, only=None if lean is None else ("lm_head",))
+        self._built[model] = lean
+
+    def of(self, model: Any) -> LeanLlama | None:
+        """Return a model's lean forward; None runs transformers'.  A model not seen before is prepared."""
+        if model not in self._built:
+            self.prepare(model)
+        return self._built[model]
+
+    def _build(self, model: Any) -> LeanLlama | None:
+        if not self._lean:
+            return None
+        reason = lean_reason(model)
+        if reason is not None:
+            log.info("generic_forward", reason=reason)
+            return None
+        return LeanLlama(model)
+
+
+class ModelRunner:
+    """A model bound to a KV pool.  Models of one shape may share the pool: see `use`.
+
+    Args:
+        forwards: shared by runners that run the same models; None runs everything through transformers.
+    """
+
+    def __init__(self, model: Any, pool: KVPool, forwards: Forwards | None = None) -> None:
         self.pool = pool
         self.model = model
+        self.forwards = forwards or Forwards(lean=False, pack=False)
+        self.head: Callable[[torch.Tensor], torch.Tensor] | None = None  # scores instead of the model's own, where set
         self.use(model)
 
     def use(self, model: Any) -> None:
         """Run this model from now on, on the keys and values that are there."""
-        if model.config._attn_implementation != IMPLEMENTATION:
-            model.set_attn_implementation(IMPLEMENTATION)
+        self.forwards.of(model)
         self.model = model
 
     def forward(self, work: list[Work], model: Any = None) -> torch.Tensor:
@@ -58,18 +113,25 @@ class ModelRunner:
         rows = [Row(work[i].block_table, work[i].start, len(work[i].token_ids)) for i in order]
         layout = build_layout(rows, self.pool.block_tokens, self.pool.dtype, self.pool.shared)
         tokens = torch.tensor([token for i in order for token in work[i].token_ids])
-        used = model or self.model
-        wanted = self._wanted(work, order)
-        states = used.model(
-            input_ids=tokens[None], position_ids=layout.positions[None], use_cache=False, paged=(self.pool, layout)
-        ).last_hidden_state[0, wanted]
-        return TargetOutput(used.lm_head(states).float(), states if hidden else None)
+        used = self.model if model is None else model
+        wanted = _wanted(work, order)
+        lean = self.forwards.of(used)
+        if lean is not None:
+            states = lean.states(tokens, self.pool, layout, wanted)
+        else:
+            states = used.model(
+                input_ids=tokens[None], position_ids=layout.positions[None], use_cache=False, paged=(self.pool, layout)
+            ).last_hidden_state[0]
+            states = states if wanted is None else states[wanted]
+        head = self.head if self.head is not None else used.lm_head
+        return TargetOutput(head(states).float(), states if hidden else None)
 
-    @staticmethod
-    def _wanted(work: list[Work], order: list[int]) -> torch.Tensor:
-        """Flat indices of the wanted rows, in the order of `work`."""
-        ends, total = {}, 0
-        for i in order:
-            total += len(work[i].token_ids)
-            ends[i] = total
-        return torch.cat([torch.arange(ends[i] - item.num_logits, ends[i]) for i, item in enumerate(work)])
+
+def _wanted(work: list[Work], order: list[int]) -> torch.Tensor | None:
+    """Flat indices of the wanted rows, in the order of `work`; None when that is all of them as they lie."""
+    ends, total = {}, 0
+    for i in order:
+        total += len(work[i].token_ids)
+        ends[i] = total
+    indices = [row for i, item in enumerate(work) for row in range(ends[i] - item.num_logits, ends[i])]
+    return None if indices == list(range(total)) else torch.tensor(indices, dtype=torch.long)

@@ -44,8 +44,9 @@ class Sequence:
     finish_reason: FinishReason | None = None
     plain_rounds: int = 0
     by_version: dict[int, Counts] = field(default_factory=dict)
-    unversioned: Counts = Counts()
+    unversioned: Counts = field(default_factory=Counts)  # rounds of proposers without versions
     accepted_by_position: list[int] = field(default_factory=list)
+    unversioned_by_position: list[int] = field(default_factory=list)
 
     @property
     def num_generated(self) -> int:
@@ -78,9 +79,13 @@ class Sequence:
         one = Counts(num_rounds=1, num_drafted=num_drafted, num_examined=examined, num_accepted=num_accepted)
         if version is None:
             self.unversioned += one
+            _count_positions(self.unversioned_by_position, num_accepted)
             return
         self.by_version[version] = self.by_version.get(version, Counts()) + one
-        short = num_accepted - len(self.accepted_by_position)
-        self.accepted_by_position.extend([0] * max(0, short))
-        for position in range(num_accepted):
-            self.accepted_by_position[position] += 1
+        _count_positions(self.accepted_by_position, num_accepted)
+
+
+def _count_positions(accepted: list[int], num_accepted: int) -> None:
+    accepted.extend([0] * (num_accepted - len(accepted)))
+    for position in range(num_accepted):
+        accepted[position] += 1

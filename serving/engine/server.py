@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 
 import msgspec
@@ -102,7 +103,13 @@ class EngineServer:
                 self._submit(peer, message)
             elif isinstance(message, ipc.End):
                 self._owners.pop(message.request_id, None)
-                self.engine.end(message.request_id, message.reason, message.delivered_tokens)
+                ended = self.engine.end(message.request_id, message.reason, message.delivered_tokens)
+                if ended is not None:  # whoever found a stop string still wants to know what the answer cost
+                    last = ipc.Tokens(
+                        request_id=message.request_id, token_ids=[], finish_reason=message.reason,
+                        summary=_summary(ended),
+                    )  # fmt: skip
+                    self._send(peer, last)
             else:
                 self._greet(peer, message.name)
 
@@ -146,7 +153,7 @@ class EngineServer:
                     finish_reason=delivery.finish_reason,
                     logprobs=delivery.logprobs,
                     summary=_summary(delivery.sequence) if delivery.finish_reason else None,
-                ),  # fmt: skip
+                ),
             )
 
     def _send(self, peer: bytes, message: ipc.ToApi) -> None:
@@ -180,15 +187,18 @@ class EngineServer:
             engine_id=self._engine_id, version=engine.version, previous=swap.previous if swap else None,
             generation=swap.generation if swap else 0, running=len(scheduler.running),
             waiting=len(scheduler.waiting), kv_usage=1 - scheduler.free_blocks / usable,
-            preempted=scheduler.num_preempted, steps=stats.steps, step_s=stats.step_s, draft_s=stats.draft_s,
-            median_step_ms=stats.median_step_ms, median_batch=stats.median_batch, rounds=stats.rounds, drafted=stats.drafted,
-            examined=stats.examined, accepted=stats.accepted,
+            preempted=scheduler.num_preempted,
+            prefix_queries=scheduler.prefix_queries, prefix_hits=scheduler.prefix_hits, steps=stats.steps,
+            step_s=stats.step_s, draft_s=stats.draft_s,
+            median_step_ms=stats.median_step_ms, median_batch=stats.median_batch, rounds=stats.rounds,
+            drafted=stats.drafted, examined=stats.examined, accepted=stats.accepted,
             accepted_by_position=[stats.accepted_by_position[i] for i in range(positions)],
             prompt_tokens=stats.prompt_tokens, generated_tokens=stats.generated_tokens,
             finished_by_reason=dict(stats.finished_by_reason), log_offered=log_stats.offered,
             log_written=log_stats.written, log_dropped=log_stats.dropped, log_connected=log_stats.connected,
             swaps=stats.num_swaps, last_swap_version=swap.last.version if swap and swap.last else None,
-            last_swap_pause_ms=swap.last.pause_ms if swap and swap.last else None,
+            last_swap_pause_ms=swap.last.pause_ms if swap and swap.last else None, **engine.proposers.vocabulary_counts,
+            controller=engine.controller.explain(),
         )  # fmt: skip
 
     def _publish_swaps(self) -> None:
@@ -209,5 +219,7 @@ def _summary(request: Sequence) -> ipc.Summary:
     return ipc.Summary(
         cached_tokens=request.num_cached_tokens, plain_rounds=request.plain_rounds,
         counts=sum(request.by_version.values(), request.unversioned),
-        accepted_by_position=list(request.accepted_by_position),
+        accepted_by_position=[
+            a + b for a, b in zip_longest(request.accepted_by_position, request.unversioned_by_position, fillvalue=0)
+        ],
     )  # fmt: skip

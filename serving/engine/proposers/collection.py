@@ -36,6 +36,17 @@ class Proposers:
         if self.draft is not None:
             self.draft.use(model, version)
 
+    @property
+    def vocabulary_counts(self) -> dict[str, int]:
+        """What the snapshot says of the draft's vocabulary; empty where all tokens are scored for good."""
+        vocabulary = self.draft.vocabulary if self.draft else None
+        return {} if vocabulary is None else vocabulary.counters()
+
+    def follow(self) -> None:
+        """Let the draft take what was prepared for it.  Called between two rounds."""
+        if self.draft is not None:
+            self.draft.follow()
+
     def offers(self, requests: list[Sequence], gamma_max: int) -> list[dict[str, Offer]]:
         """Ask every proposer what it could do for every request; only real offers are listed."""
         found = []

@@ -11,6 +11,7 @@ import torch
 from adapter.contracts import FLOOR_VERSION
 from kernels.noise import Purpose
 from kernels.sampling import draw, shape_logits
+from serving.engine.draft_vocab import DraftVocab
 from serving.engine.parameters import row_params
 from serving.engine.proposers.base import Offer, Proposal
 from serving.engine.runner import ModelRunner, Work
@@ -26,6 +27,7 @@ class DraftProposer:
             backlog takes several rounds, which run without speculation.
         vocab: width of the target's logits; models of one tokenizer may pad theirs differently.
         resident: finds the model of a draft version a request is pinned to; None when it is gone.
+        vocabulary: which tokens are scored; None scores all for good.
     """
 
     name = "draft"
@@ -39,6 +41,7 @@ class DraftProposer:
         vocab: int,
         catch_up_tokens: int,
         resident: Callable[[int], Any | None] = lambda version: None,
+        vocabulary: DraftVocab | None = None,
     ) -> None:
         self.runner = runner
         self.version = FLOOR_VERSION
@@ -47,6 +50,7 @@ class DraftProposer:
         self._vocab = vocab
         self._catch_up_tokens = catch_up_tokens
         self._resident = resident
+        self.vocabulary = vocabulary
         self._keep_laws = keep_laws
         self._purpose = Purpose.DRAFT if keep_laws else Purpose.SAMPLE
         self._poisoned = False
@@ -58,6 +62,11 @@ class DraftProposer:
             self._poisoned = False
         self.runner.use(model)
         self.version = version
+
+    def follow(self) -> None:
+        """Take the vocabulary that is ready, if any.  Called between two rounds."""
+        if self.vocabulary is not None and self.vocabulary.poll() is not None:
+            self.runner.head = self.vocabulary.head
 
     def offer(self, request: Sequence, limit: int) -> Offer:
         """Offer what fits into the positions the draft knows; beyond them the request decodes plainly."""
@@ -72,7 +81,7 @@ class DraftProposer:
         groups: dict[int, list[int]] = {}
         for i, gamma in enumerate(gammas):
             if gamma > 0:
-                groups.setdefault(self._version_of(requests[i]), []).append(i)
+                groups.setdefault(self.version_of(requests[i]), []).append(i)
         for version, members in groups.items():
             model = self.runner.model if version == self.version else self._resident(version)
             self._draft(model, version, members, requests, gammas, proposals)
@@ -86,13 +95,16 @@ class DraftProposer:
         The draft has read every drafted token but the last, so after a full acceptance it lacks one
         more token than the target does; the next round's catch-up brings it.
         """
+        if self.vocabulary is not None:
+            self.vocabulary.count(request.segment, request.tokens[before:])
         if proposal.tokens and proposal.proposer == self.name:
             request.num_draft_kv = before + min(num_accepted, len(proposal.tokens) - 1)
 
     def ended(self, request: Sequence) -> None:
         """Keep nothing about requests."""
 
-    def _version_of(self, request: Sequence) -> int:
+    def version_of(self, request: Sequence) -> int:
+        """Return the version that would draft for a request now."""
         pinned = request.version
         return self.version if pinned is None or self._resident(pinned) is None else pinned
 
@@ -107,9 +119,9 @@ class DraftProposer:
         if behind and not active:
             self._forward(work, model)
         while active:
-            logits = self._fit(self._forward(work, model))
-            self._draw(logits, requests, proposals, active, version)
-            active = [i for i in active if len(proposals[i].tokens) < gammas[i]]
+            logits = self._forward(work, model)
+            done = self._draw(logits, requests, proposals, active, version)
+            active = [i for i in active if i not in done and len(proposals[i].tokens) < gammas[i]]
             work = [
                 Work(
                     requests[i].block_table,
@@ -141,20 +153,37 @@ class DraftProposer:
     def _draw(
         self, logits: torch.Tensor, requests: list[Sequence], proposals: list[Proposal], active: list[int],
         version: int,
-    ) -> None:  # fmt: skip
+    ) -> set[int]:  # fmt: skip
+        """Add a token to each active proposal; return those that ended, no token being allowed there.
+
+        Log-probs are relative to what is scored: under a trimmed vocabulary they are the trimmed law's,
+        which is the law the token was drawn from.
+        """
+        head = self.vocabulary.head if self.vocabulary is not None else None
+        constrained = any(requests[i].constraints is not None for i in active)
+        if head is None:
+            logits = self._fit(logits)
+        elif constrained:  # rules are written for full rows
+            logits, head = head.widen(logits, self._vocab), None
         positions = [len(requests[i].tokens) + len(proposals[i].tokens) for i in active]
         params = row_params([requests[i].sampling for i in active], positions)
-        shaped = self._constrained(logits, requests, proposals, active)
-        scaled = shape_logits(shaped, params)
-        drawn = draw(scaled, params, self._purpose)
-        logprobs = logits.gather(1, drawn[:, None]).squeeze(1) - torch.logsumexp(logits, dim=-1)
-        self._poisoned = self._poisoned or not math.isfinite(float(logprobs.sum()))
-        for row, (i, token, logprob) in enumerate(zip(active, drawn.tolist(), logprobs.tolist(), strict=True)):
+        scaled = shape_logits(self._constrained(logits, requests, proposals, active), params)
+        columns = draw(scaled, params, self._purpose, None if head is None else head.columns)
+        logprobs = logits.gather(1, columns[:, None]).squeeze(1) - torch.logsumexp(logits, dim=-1)
+        void = [constrained and item == -math.inf for item in scaled.gather(1, columns[:, None]).squeeze(1).tolist()]
+        if head is not None:
+            columns = head.token_ids[columns]
+            scaled = head.widen(scaled, self._vocab) if self._keep_laws else scaled
+        for row, (i, token, logprob) in enumerate(zip(active, columns.tolist(), logprobs.tolist(), strict=True)):
+            if void[row]:
+                continue
+            self._poisoned = self._poisoned or not math.isfinite(logprob)
             proposals[i].tokens.append(token)
             proposals[i].logprobs.append(logprob)
             proposals[i].proposer, proposals[i].version = self.name, version
             if self._keep_laws:
                 proposals[i].scaled.append(scaled[row])
+        return {i for i, gone in zip(active, void, strict=True) if gone}
 
     @staticmethod
     def _constrained(

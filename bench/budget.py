@@ -1,0 +1,67 @@
+"""Run groups of measurements in turn, over and over, within a time that was given.
+
+Cells of a group follow each other in every repeat, in an order that rotates, so that a slow minute of the
+machine hits all that will be compared and none is always first.  Called by `bench.engine`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.driver import Window
+from bench.rows import Key, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One arm at one point; `run` gets the number of the repeat."""
+
+    key: Key
+    run: Callable[[int], Window]
+
+
+@dataclass(slots=True)
+class Budget:
+    """Seconds for everything, divided by weight among the phases that are still to come."""
+
+    seconds: float
+    weights: dict[str, float]
+    say: Callable[[str], None]
+    clock: Callable[[], float] = time.monotonic
+    phases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _begin_s: float | None = None
+
+    def share(self, phase: str) -> float:
+        """Return the clock's time at which a phase should be over; called when the phase begins."""
+        now = self.clock()
+        if self._begin_s is None:
+            self._begin_s = now
+        left = max(0.0, self.seconds - (now - self._begin_s))
+        open_weights = sum(weight for name, weight in self.weights.items() if name not in self.phases)
+        return now + left * self.weights[phase] / open_weights
+
+    def run(self, phase: str, groups: list[list[Cell]], repeats: int, until_s: float) -> list[Row]:
+        """Run every cell `repeats` times, or as often as the time allows, but once at least."""
+        rows = {cell.key: Row(cell.key) for group in groups for cell in group}
+        done, longest = 0, 0.0
+        begin_s = self.clock()
+        while done < repeats and (not done or self.clock() + longest <= until_s):
+            round_s = self.clock()
+            for number, group in enumerate(groups):
+                turn = (done + number) % len(group)
+                for cell in group[turn:] + group[:turn]:
+                    rows[cell.key].windows.append(cell.run(done))
+                where = f"repeat {done + 1} of {repeats}, group {number + 1} of {len(groups)}"
+                self.say(f"{phase}: {where}, {self.clock() - begin_s:.0f} s")
+            done += 1
+            longest = max(longest, self.clock() - round_s)
+        self.phases[phase] = {"repeats": done, "seconds": round(self.clock() - begin_s, 1)}
+        if done < repeats:
+            self.phases[phase]["reduced"] = (
+                f"{repeats} repeats of {longest:.0f} s each did not fit into the time left; {done} were run"
+            )
+            self.say(f"{phase}: {self.phases[phase]['reduced']}")
+        return list(rows.values())

@@ -1,0 +1,56 @@
+"""What a run of the benchmark measures, how often, and for how long.  Used by `bench.engine` and its phases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapter.contracts import SettingsError
+from bench.library import ARMS as LIBRARY_ARMS
+from bench.rows import ENGINE_ARMS
+from bench.workloads import RAG, WORKLOADS
+
+ARMS = (*ENGINE_ARMS, *LIBRARY_ARMS)
+SAMPLED = "sampled"
+SEED = 20261122
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is measured, how often, and for how long; None leaves a setting to the environment."""
+
+    target: str | None = None
+    draft: str | None = None
+    dtype: str = "bfloat16"
+    widen: tuple[int, ...] = (1, 2)
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16)
+    workloads: tuple[str, ...] = (*WORKLOADS, SAMPLED, RAG)
+    arms: tuple[str, ...] = ARMS
+    repeats: int = 3
+    tokens: int = 32
+    minutes: float = 25.0
+    max_prompt_tokens: int = 1400
+    seed: int = SEED
+    data: Path | None = None
+    cache_dir: Path | None = None
+    vllm_python: str | None = None
+    engine: dict[str, Any] = field(default_factory=dict)  # more settings of the section `engine`
+
+    def check(self) -> None:
+        """Refuse what does not exist.
+
+        Raises:
+            SettingsError: an arm or a workload is unknown, or a number is too small.
+        """
+        for name, given, valid in (
+            ("arms", self.arms, ARMS), ("workloads", self.workloads, (*WORKLOADS, SAMPLED, RAG)),
+        ):  # fmt: skip
+            for item in given:
+                if item not in valid:
+                    raise SettingsError(f"--{name} {item}: there are {', '.join(valid)}")
+        for name, numbers in (("widen", self.widen), ("batches", self.batches), ("repeats", (self.repeats,))):
+            if not numbers or min(numbers) < 1:
+                raise SettingsError(f"--{name} {','.join(map(str, numbers))}: expected whole numbers from 1")
+        if self.tokens < 2:
+            raise SettingsError(f"--tokens {self.tokens}: expected at least 2")

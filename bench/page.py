@@ -1,0 +1,161 @@
+"""Write docs/benchmarks.md from the kept results; where one is missing, say which command makes it.
+
+Pure: results in, text out.  Called by docs/generate.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+ENGINE_COMMAND = "python -m bench.engine --json bench/results/engine.json"
+RECORD_COMMAND = "python -m bench.record --json bench/results/record.json"
+PLOT_COMMAND = "python -m bench.plot"
+PICTURE = "docs/img/speedup.svg"
+
+_ARMS = ("none", "fixed-1", "fixed-3", "fixed-5", "adaptive", "hf_generate", "hf_assisted", "vllm")
+_PROMISES = {  # ratio -> what it is, what it should be, which rows the figure is for
+    "adaptive_vs_best": ("adaptive against the better of no speculation and the best fixed length, worst row", 0.97),
+    "adaptive_vs_none": ("adaptive against no speculation, batch 1, `high`, target widened 2x", 1.5),
+    "none_vs_hf_generate": ("no speculation against transformers' `generate`, batch 1, worst row", 1.3),
+    "none_8": ("no speculation at batch 8 against `generate` one request after another, worst row", 3.0),
+    "fixed3_vs_hf_assisted": ("three drafted tokens against transformers' assisted generation, worst row", 1.3),
+    "prefix_cache": ("prefix cache on against off, shared passages, worst row", 2.0),
+}
+_INTRO = """
+# Benchmarks
+Speed is that of all requests together, in tokens a second, while the whole batch decodes; prompts are read before
+the clock starts, except in the set with shared passages, where reading is the point. A row is the median over
+repeats; ± is half the range over repeats. Arms follow each other in every repeat, and ratios are taken repeat by
+repeat, so that a slow minute of the machine hits both sides. Measure on an idle machine.
+
+`high` copies and lists, `low` is free prose, `mixed` deals both in turn. `none` is no speculation, `fixed-3` three
+drafted tokens a round, `adaptive` what the server does by itself. A target widened n times says the same words at
+about n² times the cost of a forward, so it stands in for a larger model with an acceptance that is real. Text is
+greedy unless a temperature is given. Prompts are made up from a seed; `--data FOLDER` takes your own.
+"""
+
+
+def page(engine: dict[str, Any] | None, record: dict[str, Any] | None, *, picture: bool) -> str:
+    """Return the page.
+
+    Args:
+        picture: whether docs/img/speedup.svg is there.
+    """
+    parts = [_INTRO]
+    if engine is None:
+        parts.append(f"## The engine\nNot measured yet: `{ENGINE_COMMAND}` (`make bench`) writes the figures.\n")
+    else:
+        parts += [_promises(engine), _plot(picture), *_tables(engine)]
+    parts.append(_record(record))
+    return "\n".join(parts)
+
+
+def _promises(result: dict[str, Any]) -> str:
+    lines = ["## What is promised, and what was measured", f"{_where(result)}\n",
+             "| ratio | promised | measured [range over repeats] | row |", "|---|---|---|---|"]  # fmt: skip
+    for name, (words, least) in _PROMISES.items():
+        item = _worst(name, result["ratios"])
+        if item is None:
+            lines.append(f"| {words} | ≥ {least:g} | not measured | |")
+            continue
+        about = f"`{item['workload']}`, batch {item['batch']}, widened {item['widen']}x, against {item['against']}"
+        lines.append(
+            f"| {words} | ≥ {least:g} | {item['ratio']:.2f} [{item['low']:.2f}, {item['high']:.2f}] | {about} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _worst(name: str, ratios: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    items: Iterable[dict[str, Any]] = ratios.get("none_vs_hf_generate" if name == "none_8" else name, [])
+    if name == "adaptive_vs_none":
+        items = [item for item in items if (item["widen"], item["batch"], item["workload"]) == (2, 1, "high")]
+        items = [item for item in items if item["temperature"] == 0]
+    if name in ("none_8", "none_vs_hf_generate"):
+        items = [item for item in items if item["batch"] == (8 if name == "none_8" else 1)]
+    return min(items, key=lambda item: float(item["ratio"]), default=None)
+
+
+def _plot(picture: bool) -> str:
+    if picture:
+        return "![Speed-up over no speculation by batch size, one line an arm](img/speedup.svg)\n"
+    return f"`{PLOT_COMMAND}` draws the speed-up against batch size.\n"
+
+
+def _tables(result: dict[str, Any]) -> list[str]:
+    rows = result["rows"]
+    parts = []
+    plain = [row for row in rows if row["temperature"] == 0 and row["workload"] != "rag"]
+    for widen in sorted({row["widen"] for row in plain}):
+        parts.append(_speeds(f"Tokens a second, target widened {widen}x", [r for r in plain if r["widen"] == widen]))
+    parts.append(_details([row for row in rows if row["workload"] != "rag"]))
+    if shared := [row for row in rows if row["workload"] == "rag"]:
+        lines = [
+            "## Shared passages",
+            "| arm | batch | prefix cache | tokens/s | first token, ms |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['arm']} | {row['batch']} | {'on' if row['prefix_cache'] else 'off'} | {_speed(row)} | "
+            f"{row['ttft_ms_p50']:.0f} |" for row in shared
+        ]  # fmt: skip
+        parts.append("\n".join(lines) + "\n")
+    return parts
+
+
+def _speeds(title: str, rows: list[dict[str, Any]]) -> str:
+    arms = [arm for arm in _ARMS if any(row["arm"] == arm for row in rows)]
+    lines = [f"## {title}", "| workload | batch | " + " | ".join(arms) + " |", "|---" * (len(arms) + 2) + "|"]
+    table = {(row["workload"], row["batch"], row["arm"]): row for row in rows}
+    for workload, batch in dict.fromkeys((row["workload"], row["batch"]) for row in rows):
+        cells = [_speed(table[key]) if (key := (workload, batch, arm)) in table else "" for arm in arms]
+        lines.append(f"| `{workload}` | {batch} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _details(rows: list[dict[str, Any]]) -> str:
+    """Latency and what speculation did, for no speculation and the adaptive arm."""
+    head = "workload | T | coupling | widened | batch | arm | ms a token, p50 / p99 | acceptance | tokens a round | γ"
+    lines = ["## Latency and acceptance", f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    for row in rows:
+        if row["arm"] not in ("none", "adaptive", "fixed-3"):
+            continue
+        acceptance = "–" if row["acceptance"] is None else f"{row['acceptance']:.2f}"
+        lines.append(
+            f"| `{row['workload']}` | {row['temperature']:g} | {row['coupling']} | {row['widen']}x | {row['batch']} | "
+            f"{row['arm']} | {row['tpot_ms_p50']:.1f} / {row['tpot_ms_p99']:.1f} | {acceptance} | "
+            f"{row['tokens_per_round']:.2f} | {row['gamma_mean']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _record(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return f"## Logging\nNot measured yet: `{RECORD_COMMAND}` (`make bench-record`) writes the figures.\n"
+    lines = [
+        "## Logging", "What the same steps cost more with the log on, written to a Valkey on the same machine.\n"
+        f"Promised is at most 1 %.\n{_where(result)}\n",
+        "| batch | cost by steps [90 %] | cost by whole windows [90 %] | windows |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for row in result["rows"]:
+        cells = [
+            f"{row[p + 'cost']:+.2%} [{row[p + 'low']:+.2%}, {row[p + 'high']:+.2%}]" if p + "cost" in row else "–"
+            for p in ("", "windows_")
+        ]
+        lines.append(f"| {row['batch']} | {cells[0]} | {cells[1]} | {row['pairs']} on, {row['pairs']} off |")
+    return "\n".join(lines) + "\n"
+
+
+def _where(result: dict[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    reduced = [f"{name}: {phase['reduced']}" for name, phase in result.get("phases", {}).items() if "reduced" in phase]
+    return (
+        f"`{result['command']}` on {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB, no GPU; "
+        f"{result['target']}, {result['dtype']}, torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"commit {(result['commit'] or 'unknown')[:7]}." + "".join(f" {line}." for line in reduced)
+    )
+
+
+def _speed(row: dict[str, Any]) -> str:
+    half = row["tokens_per_s"] * row["repeat_spread"] / 2
+    return f"{row['tokens_per_s']:.1f} ± {half:.1f}"

@@ -1,0 +1,80 @@
+"""Serve one model with vLLM to a benchmark, over lines of JSON on standard input and output.
+
+Runs in an environment of its own that has vLLM and not this project: it imports nothing of ours.  The
+first line in names the model; each further line asks for one window, which is measured as
+`bench.driver.steady` does: from the last request's first token on, with every request still decoding.
+Started by `bench.vllm_arm`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+
+def load(job: dict[str, Any]) -> Any:
+    """Load the model and return vLLM's engine, stepped by this process."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM  # type: ignore[import-not-found]
+
+    return LLM(
+        model=job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=job["max_batch"],
+        enable_prefix_caching=False,
+    ).llm_engine  # fmt: skip
+
+
+def window(engine: Any, job: dict[str, Any], run: int) -> dict[str, Any]:
+    """Decode all prompts together, one token a request and step; return tokens, seconds and token times."""
+    from vllm import SamplingParams
+
+    prompts, tokens = job["prompts"], job["tokens"]
+    limit = tokens + 1 + len(prompts) + sum(map(len, prompts)) // 256
+    names = [f"{run}-{index}" for index in range(len(prompts))]
+    counts: dict[str, int] = {}
+    begun = time.perf_counter()
+    first: dict[str, float] = {}
+    for name, ids in zip(names, prompts, strict=True):
+        sampling = SamplingParams(temperature=0.0, max_tokens=limit, ignore_eos=True)
+        engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+
+    def step() -> float:
+        for output in engine.step():
+            counts[output.request_id] = len(output.outputs[0].token_ids)
+        now = time.perf_counter()
+        for name, count in counts.items():
+            if count:
+                first.setdefault(name, now)
+        return now
+
+    while len(first) < len(names):
+        begin = step()
+    before = sum(counts.values())
+    now = begin
+    while sum(counts.values()) - before < tokens * len(names):
+        now = step()
+    gained = sum(counts.values()) - before
+    engine.abort_request(names)
+    while engine.has_unfinished_requests():
+        engine.step()
+    each = (now - begin) / (gained / len(names))
+    return {
+        "tokens": gained, "seconds": now - begin, "tpot_s": [each] * len(names),
+        "ttft_s": [first[name] - begun for name in names],
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Answer line by line until standard input ends; only answers go to the real standard output."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    engine = load(json.loads(sys.stdin.readline()))
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for run, line in enumerate(sys.stdin):
+        print(json.dumps(window(engine, json.loads(line), run)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""What a forward costs, by how many tokens it processes: measured at start, kept on disk, read by the controller.
+
+Knows no model and no clock: it is given a callable that runs a forward and returns its seconds.  What
+the machine does later that it did not do at start is `cost_model`'s business.  Called by `timing`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+log = structlog.get_logger(__name__)
+
+Measure = Callable[[int, int], float]  # (rows, context tokens) -> seconds of one forward
+Floats = NDArray[np.float64]
+
+FORMAT = 1
+_FAR = 1_000_000  # rows no step reaches: the last slope goes on up to there
+_SMALL = (1, 2, 3, 4, 6, 8)
+
+
+class Curve(msgspec.Struct, frozen=True):
+    """Seconds of a forward: `seconds[i]` for `rows[i]` tokens, plus `context_s` a token of context.
+
+    Rows rise strictly and seconds never fall, so more work is never believed to be cheaper.
+    """
+
+    rows: list[int]
+    seconds: list[float]
+    context_s: float
+
+    def __post_init__(self) -> None:
+        """Refuse what is no curve.
+
+        Raises:
+            ValueError: the numbers are not finite, not positive or in the wrong order.
+        """
+        numbers = [*self.seconds, self.context_s]
+        if len(self.rows) < 2 or len(self.rows) != len(self.seconds):
+            raise ValueError(f"{len(self.rows)} sizes and {len(self.seconds)} times: two or more pairs are needed")
+        if not all(math.isfinite(number) for number in numbers) or self.seconds[0] <= 0 or self.context_s < 0:
+            raise ValueError(f"times must be finite and positive, not {numbers}")
+        if self.rows[0] < 1 or any(a >= b for a, b in zip(self.rows, self.rows[1:], strict=False)):
+            raise ValueError(f"sizes must rise from 1 or more, not {self.rows}")
+        if any(a > b for a, b in zip(self.seconds, self.seconds[1:], strict=False)):
+            raise ValueError(f"times must not fall, not {self.seconds}")
+
+    @property
+    def knots(self) -> tuple[Floats, Floats]:
+        """Rows and seconds with one far knot more, so that interpolation extrapolates linearly.
+
+        The slope beyond the last size is taken over the upper half of the sizes: the last two alone
+        may lie on one stair.
+        """
+        half = next(i for i, rows in enumerate(self.rows) if 2 * rows >= self.rows[-1])
+        half = min(half, len(self.rows) - 2)
+        slope = (self.seconds[-1] - self.seconds[half]) / (self.rows[-1] - self.rows[half])
+        far = self.seconds[-1] + slope * (_FAR - self.rows[-1])
+        return np.array([*self.rows, _FAR], dtype=float), np.array([*self.seconds, far])
+
+
+class CostTable(msgspec.Struct, frozen=True):
+    """The curves of one pair on one machine; `draft` is None where there is no draft model.
+
+    Rows of the draft's curve are scored ones, one a request; a token it only reads costs `read_s`.
+    """
+
+    fingerprint: str
+    target: Curve
+    draft: Curve | None
+    read_s: float
+    spent_s: float  # how long measuring took
+    format: int = FORMAT
+
+
+def curve_from(measured: dict[int, float], context_s: float) -> Curve:
+    """Make a curve of the fastest measurement of every size.
+
+    Noise only ever adds, and fewer rows never cost more: so a size costs at most what it took itself
+    and at most what any larger one took.
+    """
+    rows = sorted(measured)
+    seconds = np.minimum.accumulate([measured[size] for size in reversed(rows)])[::-1]
+    return Curve(rows, [float(item) for item in seconds], context_s)
+
+
+def sizes_up_to(max_rows: int) -> list[int]:
+    """Return the sizes worth measuring, small ones densely: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, … max_rows."""
+    sizes, size = list(_SMALL), 8
+    while size < max_rows:
+        sizes += [size * 3 // 2, size * 2]
+        size *= 2
+    last = max(2, max_rows)
+    return [item for item in sizes if item < last] + [last]
+
+
+def measure_curve(measure: Measure, max_rows: int, *, budget_s: float, long_context: int, repeats: int = 5) -> Curve:
+    """Time forwards of several sizes, coarse to fine, and stop when `budget_s` of forwards are spent.
+
+    Sizes take turns and the fastest of `repeats` counts: a machine that does something else for a
+    moment then slows one turn, not one size.  At least two sizes are always measured.
+    """
+    measure(1, 0)  # the first forward also pays for what every later one finds warm
+    best: dict[int, float] = {}
+    spent, context_s = 0.0, 0.0
+    order = _coarse_to_fine(sizes_up_to(max_rows))
+    for turn in range(repeats):
+        for rows in order if turn == 0 else sorted(best):
+            guess = best.get(rows, best[max(best)] * max(1.0, rows / max(best)) if best else 0.0)
+            if len(best) >= 2 and spent + guess > budget_s:
+                continue
+            seconds = measure(rows, 0)
+            spent += seconds
+            best[rows] = min(best.get(rows, math.inf), seconds)
+    if spent < budget_s:
+        far = min(measure(1, long_context) for _ in range(repeats))
+        context_s = max(0.0, far - best[1]) / long_context
+    return curve_from(best, context_s)
+
+
+def _coarse_to_fine(sizes: list[int]) -> list[int]:
+    """Order sizes so that every prefix covers the range: 1, then about 8, then ever finer halves."""
+    first = [sizes[0], min(sizes, key=lambda size: abs(size - 8))]
+    rest = [size for size in sizes if size not in first]
+    order: list[int] = []
+    step = len(rest)
+    while step:
+        order += [size for size in rest[::-1][::step] if size not in order]
+        step //= 2
+    return [*dict.fromkeys(first), *order]
+
+
+def fingerprint_of(facts: dict[str, object]) -> str:
+    """Return a hash of everything a table depends on; another hash, another table."""
+    text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_or_measure(folder: Path, fingerprint: str, measure: Callable[[], CostTable]) -> CostTable:
+    """Return the table kept under `folder`, or measure it and keep it.
+
+    A file that cannot be read or says nonsense is measured again, and a folder that cannot be written
+    costs only the next start its seconds: neither may keep the engine from serving.
+    """
+    path = folder / f"{fingerprint[:32]}.json"
+    try:
+        table = msgspec.json.decode(path.read_bytes(), type=CostTable)
+        if table.fingerprint == fingerprint and table.format == FORMAT:
+            return table
+        log.warning("cost_table_of_another_pair", path=str(path), action="measured again")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+        log.warning("cost_table_unreadable", path=str(path), error=str(error), action="measured again")
+    table = measure()
+    try:
+        _write(path, msgspec.json.format(msgspec.json.encode(table)))
+    except OSError as error:
+        log.warning("cost_table_not_kept", path=str(path), error=str(error))
+    return table
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Put a whole file in place, so that a reader never meets half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(name, path)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,98 @@
+"""Keep beliefs alive: now and then one request drafts although it does not pay, on a budget of time.
+
+What is believed to be bad is never tried, and so would be believed for ever.  A share of all time is
+put aside; a probe starts when it is affordable and its cost is taken off, so the share holds whatever
+a probe costs.  Probes that change nothing become rarer.  Used by `adaptive`.
+"""
+
+from __future__ import annotations
+
+import random
+
+BURST_ROUNDS = 8  # rounds a probed draft goes on, so that what it had to read first serves several
+_MAX_DOUBLINGS = 3
+_DRAWN = 3  # candidates drawn, of which the cheapest is probed: a long backlog is a dear question
+_CREDIT_STEPS = 0.5  # what may be spent at once on something new, in steps
+
+
+class Explorer:
+    """Grants probes of single requests.
+
+    Args:
+        share: share of time that probes may cost; 0 never probes.
+    """
+
+    def __init__(self, share: float, rng: random.Random) -> None:
+        self._share = share
+        self._rng = rng
+        self._failures = 0
+        self._budget_s = 0.0
+        self._credit_s = 0.0  # of the budget, what was granted for something new
+        self._new = True
+        self._current: tuple[str, str] | None = None  # request and proposer
+        self._rounds_left = 0
+        self._cap_s = 0.0
+        self.num_probes = 0
+        self.spent_s = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Share of time put aside now, after back-off."""
+        return self._share / (1 << min(self._failures, _MAX_DOUBLINGS))
+
+    def elapsed(self, seconds: float) -> None:
+        """Put the share of a step's time aside; no more piles up than two probes cost, or half a step."""
+        if self._new and self._share:
+            self._new = False
+            self._credit_s = _CREDIT_STEPS * seconds
+            self._budget_s += self._credit_s
+        if self._budget_s < max(self._cap_s, _CREDIT_STEPS * seconds):
+            self._budget_s += self.rate * seconds
+
+    def renew(self) -> None:
+        """Forget failures: there is something new to learn about, and it may cost a few steps at once."""
+        self._failures = 0
+        self._new = True
+
+    def paid_off(self) -> None:
+        """Hear that speculation pays again."""
+        self._failures = 0
+
+    def pick(self, candidates: list[tuple[str, str, float, float]]) -> tuple[str, str] | None:
+        """Choose a request and a proposer to try in this round, or None.
+
+        Candidates are (request, proposer, seconds once, seconds a round).  A draft begun goes on for
+        a few rounds while it is still among them.
+        """
+        if not self._share or not candidates:
+            return None
+        if self._current and self._rounds_left:
+            for request, proposer, _, _ in candidates:
+                if (request, proposer) == self._current:
+                    self._rounds_left -= 1
+                    return self._current
+            self._current = None
+        if self._budget_s <= 0:
+            return None
+        drawn = self._rng.sample(candidates, min(_DRAWN, len(candidates)))
+        request, proposer, once_s, round_s = min(drawn, key=lambda item: item[2] + BURST_ROUNDS * item[3])
+        cost_s = once_s + BURST_ROUNDS * round_s
+        self._cap_s = 2 * cost_s
+        if cost_s > self._budget_s:
+            return None
+        self._budget_s -= cost_s
+        self.spent_s += cost_s
+        self.num_probes += 1
+        if self._credit_s > 0:
+            self._credit_s -= cost_s
+        else:
+            self._failures += 1
+        self._current, self._rounds_left = (request, proposer), BURST_ROUNDS - 1
+        return self._current
+
+    def explain(self) -> dict[str, object]:
+        """Return the state in plain values."""
+        return {
+            "share": self._share, "share_now": round(self.rate, 6), "probes": self.num_probes,
+            "spent_s": round(self.spent_s, 4), "without_effect": self._failures,
+        }  # fmt: skip

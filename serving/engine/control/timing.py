@@ -1,0 +1,116 @@
+"""Time the real pair before it serves: forwards on block 0, which no request ever gets.
+
+Includes shaping and drawing, since a step pays for them by the row as well.  Called by `build`, while
+nobody runs; leaves block 0 as empty as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from adapter.contracts import Sampling
+from adapter.pairs import Pair
+from adapter.settings import Settings
+from kernels.sampling import draw, shape_logits
+from serving.engine.control.cost_table import CostTable, Measure, fingerprint_of, load_or_measure, measure_curve
+from serving.engine.parameters import row_params
+from serving.engine.runner import ModelRunner, Work
+
+_BUDGET_S = {"target": 4.0, "draft": 2.0}
+_LONG_CONTEXT = 512
+_READ = 64  # tokens read at once, to know what a token of backlog costs
+_ROUND = 4  # rows a request has in a timed target forward: about what verification gives it
+_SAMPLING = Sampling(temperature=0.8, seed=1)
+
+
+def cost_table(
+    settings: Settings, pair: Pair, target: ModelRunner, draft: ModelRunner | None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> CostTable:  # fmt: skip
+    """Return the costs of this pair on this machine, measured now or kept from an earlier start."""
+    fingerprint = fingerprint_of({"machine": machine_facts(), **_pair_facts(settings, pair, draft)})
+
+    def measure() -> CostTable:
+        begin = clock()
+        most = settings.engine.max_batch * (settings.engine.gamma_max + 1)
+        context = min(_LONG_CONTEXT, settings.engine.max_model_len // 2)
+        spread = settings.engine.max_batch
+        curve = measure_curve(
+            timer(target, _ROUND, spread, clock), most, budget_s=_BUDGET_S["target"], long_context=context
+        )
+        drafting, read_s = None, 0.0
+        if draft is not None:
+            run = timer(draft, 1, spread, clock)
+            drafting = measure_curve(run, max(2, spread), budget_s=_BUDGET_S["draft"], long_context=context)
+            long = timer(draft, 1, 1, clock)
+            read_s = max(0.0, min(long(_READ, 0) for _ in range(3)) - drafting.seconds[0]) / (_READ - 1)
+        return CostTable(fingerprint, curve, drafting, read_s, clock() - begin)
+
+    return load_or_measure(settings.cache_dir / "costs", fingerprint, measure)
+
+
+def timer(runner: ModelRunner, rows_each: int, most_requests: int, clock: Callable[[], float]) -> Measure:
+    """Return a callable that runs one forward and returns its seconds.
+
+    Rows are shared out to requests of `rows_each`, then evenly to at most `most_requests`.  A model
+    that scores one row a request, as a draft does, has rows_each 1.
+    """
+    block_tokens, vocab = runner.pool.block_tokens, runner.model.config.vocab_size
+
+    def run(rows: int, context_tokens: int) -> float:
+        requests = max(1, min(-(-rows // rows_each), most_requests))
+        work = []
+        for i in range(requests):
+            count = rows // requests + (i < rows % requests)
+            table = [0] * (-(-(context_tokens + count) // block_tokens))
+            tokens = [(i + j) * 7919 % vocab for j in range(count)]
+            work.append(Work(table, context_tokens, tokens, 1 if rows_each == 1 else count))
+        scored = sum(item.num_logits for item in work)
+        params = row_params([_SAMPLING] * scored, [context_tokens] * scored)
+        begin = clock()
+        with torch.inference_mode():
+            draw(shape_logits(runner.forward(work), params), params).tolist()
+        seconds = clock() - begin
+        _clear(runner)
+        return max(seconds, 1e-9)
+
+    return run
+
+
+def machine_facts() -> dict[str, object]:
+    """Return what makes one machine time differently from another."""
+    return {
+        "cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }  # fmt: skip
+
+
+def _pair_facts(settings: Settings, pair: Pair, draft: ModelRunner | None) -> dict[str, object]:
+    engine = settings.engine
+    return {
+        "target": pair.target_fingerprint, "base": pair.base_fingerprint if draft else None, "dtype": pair.dtype,
+        "draft_dtype": str(draft.pool.dtype) if draft else None, "draft_vocab_size": engine.draft_vocab_size,
+        "max_batch": engine.max_batch, "gamma_max": engine.gamma_max, "block_tokens": engine.block_tokens,
+        "max_model_len": engine.max_model_len,
+    }  # fmt: skip
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor()
+
+
+def _clear(runner: ModelRunner) -> None:
+    """Empty block 0 again."""
+    for tensor in (*runner.pool.keys, *runner.pool.values):
+        tensor[0].zero_()

@@ -1,0 +1,196 @@
+"""A lean forward for the Llama family over the paged cache: the model's own weights, few operations.
+
+Query, key and value projections are one product, gate and up another; the parameters of the
+transformers model become views of the fused weights, so writing to them in place is all an update of
+the weights takes, apart from `LeanLlama.pack`.  `lean_reason` says which models it cannot run; those
+stay with transformers.  Knows nothing about requests.  Called by `serving.engine.runner`.
+
+Sources: the Llama, Qwen2, Qwen3 and Mistral architectures as transformers implements them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import embedding, silu
+
+from kernels.packed_linear import PackedLinear, can_pack, from_weight
+from serving.engine.attention import KVPool, Layout, attend, store
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def lean_reason(model: Any) -> str | None:
+    """Say why a transformers model cannot run lean; None when it can."""
+    config = model.config
+    if config.model_type not in FAMILY:
+        return f"architecture {config.model_type!r} is not one of {', '.join(FAMILY)}"
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+        return "some layers do not attend to everything"
+    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        return "it attends through a sliding window"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"its activation is {config.hidden_act}"
+    if model.model.rotary_emb.rope_type not in _FIXED_ROPE:
+        return f"its rotary frequencies are {model.model.rotary_emb.rope_type!r}"
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return f"its dtype is {model.dtype}"
+    linears = [part for layer in model.model.layers for part in _linears(layer)]
+    if not all(type(part) in (torch.nn.Linear, PackedLinear) and part.weight.dtype == model.dtype for part in linears):
+        return "some of its projections are not plain linear layers"
+    return None
+
+
+def _linears(layer: Any) -> list[Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    parts = [(attention, name) for name in _PROJECTIONS] + [(mlp, name) for name in _MLP]
+    return [getattr(owner, name, None) for owner, name in parts]
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """Root mean square norm; weight [..., dim], epsilon a scalar tensor."""
+
+    weight: torch.Tensor
+    epsilon: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise over the last dimension, in float32."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        factor = torch.addcmul(self.epsilon, length, length, value=1 / x.shape[-1]).rsqrt_()
+        scaled = x * factor  # float32, because `factor` is
+        return (scaled if x.dtype == torch.float32 else scaled.to(x.dtype)).mul_(self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Parts of one layer; head_norm is None where queries and keys are not normalised."""
+
+    input_norm: _Norm
+    qkv: PackedLinear
+    head_norm: _Norm | None
+    output: PackedLinear
+    mlp_norm: _Norm
+    gate_up: PackedLinear
+    down: PackedLinear
+    scaling: float
+
+
+class LeanLlama:
+    """The layers of one model, run over a ragged batch.
+
+    Building it moves the model's weights into fused ones; the model itself goes on working.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config, inner = model.config, model.model
+        self._heads: int = config.num_attention_heads
+        self._kv_heads: int = config.num_key_value_heads
+        self._dim: int = inner.layers[0].self_attn.head_dim
+        self._embedding: torch.Tensor = inner.embed_tokens.weight
+        self._layers = [_fuse_layer(layer, self._heads, self._kv_heads) for layer in inner.layers]
+        self._norm = _norm(inner.norm)
+        self._rotary = inner.rotary_emb
+        self._cos = self._sin = torch.empty(0)
+
+    def pack(self) -> None:
+        """Pack the weights as they are now, where that is faster.
+
+        Not `down` in float32: its inputs hold single values in the thousands, and the packed product,
+        which adds them up in one go, is several times less exact there and hardly faster.
+        """
+        for layer in self._layers:
+            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+                exact = linear is layer.down and linear.weight.dtype == torch.float32
+                if can_pack(linear.weight.dtype) and not exact:
+                    linear.pack()
+
+    def states(
+        self, tokens: torch.Tensor, pool: KVPool, layout: Layout, wanted: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Process the tokens of a step and return the normed states of the wanted rows; None wants all.
+
+        Shapes: tokens [tokens] int64; wanted [rows] indices into them; result [rows, hidden_size].
+        """
+        x = embedding(tokens, self._embedding)
+        if layout.end > len(self._cos):
+            self._extend_tables(layout.end, x)
+        cos = self._cos.index_select(0, layout.positions)[:, None]
+        sin = self._sin.index_select(0, layout.positions)[:, None]
+        last = len(self._layers) - 1
+        for number, layer in enumerate(self._layers):
+            query, key, value = self._project(layer, x, cos, sin)
+            if number == last and wanted is not None and not len(wanted):
+                store(pool, layout, number, key, value)  # a chunk of a prompt: only its keys and values matter
+                return x[:0]
+            attended = attend(pool, layout, number, query, key, value, layer.scaling).flatten(1)
+            if number == last and wanted is not None:
+                x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
+            x += layer.output.forward(attended)
+            gate_up = layer.gate_up.forward(layer.mlp_norm(x))
+            gate, up = gate_up.chunk(2, dim=-1)
+            x += layer.down.forward(silu(gate).mul_(up))
+        return self._norm(x)
+
+    def _project(
+        self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries, keys, both rotated, and values; each [tokens, its heads, dim]."""
+        qkv = layer.qkv.forward(layer.input_norm(x)).view(len(x), -1, self._dim)
+        rotating = self._heads + self._kv_heads
+        turned = qkv[:, :rotating]
+        if layer.head_norm is not None:
+            turned = layer.head_norm(turned)
+        # The halves change places and the table of sines holds the sign, so nothing is negated.
+        turned = torch.addcmul(turned * cos, turned.roll(self._dim // 2, -1), sin)
+        return turned[:, : self._heads], turned[:, self._heads :], qkv[:, rotating:]
+
+    def _extend_tables(self, end: int, like: torch.Tensor) -> None:
+        """Take cosines and sines of more positions from the model's own rotary module."""
+        positions = torch.arange(1 << (end - 1).bit_length())[None]
+        cos, sin = self._rotary(like, positions)
+        sin = sin[0].clone()
+        sin[:, : self._dim // 2].neg_()
+        self._cos, self._sin = cos[0], sin
+
+
+def _norm(module: Any) -> _Norm:
+    return _Norm(module.weight, torch.tensor(module.variance_epsilon, dtype=torch.float32))
+
+
+def _fuse_layer(layer: Any, heads: int, kv_heads: int) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    head_norm = None
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm, attention.k_norm
+        weights = [query.weight.expand(heads, -1), key.weight.expand(kv_heads, -1)]
+        head_norm = _Norm(torch.cat(weights), _norm(query).epsilon)
+    return _Layer(
+        input_norm=_norm(layer.input_layernorm), qkv=_fuse(attention.q_proj, attention.k_proj, attention.v_proj),
+        head_norm=head_norm, output=_fuse(attention.o_proj), mlp_norm=_norm(layer.post_attention_layernorm),
+        gate_up=_fuse(mlp.gate_proj, mlp.up_proj), down=_fuse(mlp.down_proj), scaling=attention.scaling,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _fuse(*linears: torch.nn.Linear) -> PackedLinear:
+    """Stack linear layers of one input; their weights become views of the stack.
+
+    The stack lies input first in float32: a product with few rows reads it faster that way.
+    """
+    stacked = torch.cat([linear.weight for linear in linears])
+    if stacked.dtype == torch.float32:
+        stacked = stacked.t().contiguous().t()
+    first = 0
+    for linear in linears:
+        rows = linear.weight.shape[0]
+        linear.weight = torch.nn.Parameter(stacked[first : first + rows], requires_grad=False)
+        first += rows
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    bias = torch.nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+    return from_weight(torch.nn.Parameter(stacked, requires_grad=False), bias)
