@@ -85,7 +85,7 @@ def rag(
     made = []
     for number in range(passages):
         chance = random.Random(f"{seed}:{RAG}:{number}")
-        passage = longest[number % len(longest)] if longest else _manual(chance, number, paragraphs)
+        passage = longest[number % len(longest)][:4000] if longest else _manual(chance, number, paragraphs)
         intro = f"Answer in one short sentence from this text.\n\n{passage}\n\nQuestion: "
         made.append([Prompt(intro + question) for question in chance.sample(kinds, k=questions)])
     return [asked[turn] for turn in range(questions) for asked in made]

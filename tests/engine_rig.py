@@ -132,7 +132,8 @@ def build_rig(folder: Path, data: Path, *, draft: str | None = None, **engine: A
     migrate(database)
     pair = prepare_pair(settings)
     built = build.build_engine(settings, pair, database)
-    built.hotswap.stop()
+    if built.hotswap is not None:
+        built.hotswap.stop()
     rig = Rig(built, pair)
     rig.collect(settings.log)
     return rig

@@ -217,6 +217,9 @@ def test_ratios_are_taken_repeat_by_repeat() -> None:
     ]
     assert [1.875] == [item["ratio"] for item in found["adaptive_vs_none"]]
 
+    uneven = ratios([made([2.0, 4.0, 27.0]), made([1.0, 4.0, 9.0], arm="adaptive")])["adaptive_vs_none"][0]
+    assert (2.0, 1.0, 3.0) == (uneven["ratio"], uneven["low"], uneven["high"])  # of the medians it would be 1
+
 
 def test_the_library_is_the_reference_of_every_batch() -> None:
     """No speculation at batch 8 is compared with the library's one-after-another speed at batch 1."""

@@ -185,12 +185,19 @@ class World:
         before = {item.request_id for item in self.scheduler.running}
         plans = self.scheduler.next_batch(self.lookahead)
         self.check()
+        for plan in plans:
+            needed = -(-(len(plan.sequence.tokens) + self.lookahead) // self.scheduler.block_tokens)
+            assert len(plan.sequence.block_table) <= needed, "a request hoards blocks"
+        waiting = [_order(item) for item in self.scheduler.waiting]
+        assert waiting == sorted(waiting)
         for item in self.scheduler.running:
             if item.request_id not in before:
+                assert all(_order(item) <= other for other in waiting), "a request was overtaken"
                 read = [self.draft[self.slot(item, i)][1:] for i in range(item.num_draft_kv)]
                 assert set(read) <= {(self.version, True)}, "another version's draft KV was called complete"
         for plan in plans:
-            self._run(plan.sequence, plan.num_new, plan.ready, self.random.choice(gammas))
+            gamma = min(self.random.choice(gammas), self.lookahead - 1)
+            self._run(plan.sequence, plan.num_new, plan.ready, gamma)
 
     def _run(self, item: Sequence, num_new: int, ready: bool, gamma: int) -> None:
         gamma = item.gamma_limit(gamma) if ready else 0
@@ -214,6 +221,10 @@ class World:
         if item.finish_reason:
             self.scheduler.remove(item)
             self.ended.append(item.request_id)
+
+
+def _order(item: Sequence) -> tuple[int, float]:
+    return item.priority, item.arrived_s
 
 
 def sequence(name: str, tokens: list[int], max_tokens: int = 8, **more: object) -> Sequence:
@@ -249,12 +260,13 @@ def test_serving_c1_k3_caches_hold_committed_text_alone(seed: int, cache: bool, 
         if made and rng.random() < 0.05 and (gone := rng.choice(made)).request_id not in live.ended:
             live.scheduler.remove(gone)
             live.ended.append(gone.request_id)
+        live.lookahead = rng.choice([4, 4, 2, 1])
         live.step(gammas)
         held = [block for item in live.scheduler.running for block in item.block_table]
         assert live.scheduler.free_blocks == live.scheduler.num_blocks - 1 - len(set(held))
-        for item in live.scheduler.running:
-            assert len(item.block_table) <= -(-(len(item.tokens) + live.lookahead) // 2), "a request hoards blocks"
-        assert all(not item.block_table and not item.num_target_kv for item in live.scheduler.waiting)
+        for item in live.scheduler.waiting:
+            assert not item.block_table
+            assert item.num_target_kv == item.num_draft_kv == 0
     assert live.scheduler.free_blocks == live.scheduler.num_blocks - 1
     assert not live.scheduler._places
     assert live.scheduler.prefix_hits <= live.scheduler.prefix_queries
@@ -344,6 +356,41 @@ def test_priority_orders_waiting_and_victims() -> None:
         tight.step((0,))
     assert tight.scheduler.waiting == [low]
     assert [item.request_id for item in tight.scheduler.running] == ["high"]
+
+
+def test_draft_kv_over_a_prefix_that_another_version_read_again_is_not_reused() -> None:
+    """A swap there and back: who drafts on has its end from one version and its beginning from the other."""
+    live = world(num_blocks=60, prefill_tokens=64)
+    shared = [0, 1] * 4
+    stays = sequence("stays", shared, 30)
+    live.scheduler.add(stays)
+    live.step((3,))
+    live.version = 1
+    live.scheduler.add(sequence("reads again", [*shared, 1], 9))
+    for plan in live.scheduler.next_batch(4):
+        if plan.sequence is not stays:
+            live._run(plan.sequence, plan.num_new, plan.ready, 3)
+    live.version = 0
+    for _ in range(4):
+        live.step((3,))
+    pool = live.scheduler.pool
+    assert pool.num_drafted(stays.block_table[:4], 1) == 4
+    assert stays.num_draft_kv >= 14
+    assert all(pool.num_drafted([block], 0) == 0 for block in stays.block_table[5:7])
+
+
+def test_cached_blocks_a_request_waits_for_are_not_room_for_its_others() -> None:
+    """Blocks nobody holds are free until a request is to start from them: it waits, and nobody is preempted."""
+    live = world(num_blocks=11, prefill_tokens=64)
+    live.scheduler.add(sequence("before", [1] * 8, 1))
+    live.step((0,))
+    live.scheduler.add(sequence("runs", [0] * 6, 20))
+    live.step((0,))
+    waits = sequence("waits", [1] * 8 + [2] * 2, 20, arrived_s=1.0)
+    live.scheduler.add(waits)
+    live.step((0,))
+    assert live.scheduler.waiting == [waits]
+    assert live.scheduler.num_preempted == 0
 
 
 def test_nobody_starves() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from engine_rig import Changing, Rig, build_rig
@@ -90,7 +91,9 @@ def _submit(number: int, item: dict[str, Any], vocab: int) -> ipc.Submit:
     grammar = None if kind is None else Grammar(kind=kind, schema=SCHEMA if kind == "json_schema" else "")
     return ipc.Submit(
         request_id=str(number), token_ids=shared[:length] + item["own"], max_tokens=item["max_tokens"],
-        sampling=item["sampling"], end_tokens=item["ends"] or ([2] if grammar else []), segment="s",
+        sampling=msgspec.structs.replace(
+            item["sampling"], min_tokens=min(item["sampling"].min_tokens, item["max_tokens"])
+        ), end_tokens=item["ends"] or ([2] if grammar else []), segment="s",
         gamma=item["gamma"], grammar=grammar, priority=item["priority"], cache_salt=item["salt"],
     )  # fmt: skip
 

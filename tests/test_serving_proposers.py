@@ -173,7 +173,8 @@ def test_serving_s4_a_matched_end_token_ends_nothing(rig_for, target, ids):
 @pytest.mark.parametrize("without", [{"draft": "none"}, {"engine": {"proposers": ("ngram", "past")}}])
 def test_matching_needs_no_draft_model(folder, tmp_path, ids, said, without):
     """With no draft model, or with the draft not among the proposers, matching drafts; the fixed controller uses it."""
-    settings = pair_settings(folder, tmp_path, **without)
+    engine = without.get("engine", {}) | {"controller": "fixed"}
+    settings = pair_settings(folder, tmp_path, **without | {"engine": engine})
     database = open_database(settings.database)
     migrate(database)
     pair = prepare_pair(settings)
@@ -181,6 +182,7 @@ def test_matching_needs_no_draft_model(folder, tmp_path, ids, said, without):
     assert set(rig.engine.proposers.members) == {"ngram", "past"}
     items = _items(ids)
     assert rig.run(items) == said
+    assert sum((item.unversioned for item in items), Counts()).num_accepted > 0
     rig.built.publisher.close()
 
 

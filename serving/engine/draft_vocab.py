@@ -28,7 +28,7 @@ from adapter.settings import Settings
 from adapter.token_counts import TokenCounts, read_counts, write_counts
 from adapter.vocab_registry import LiveVocab, Vocabularies
 from adapter.vocab_selection import build_vocab, shipped_ranking, target_vocab_size
-from kernels.packed_linear import PackedLinear
+from kernels.packed_linear import PackedLinear, from_weight
 from kernels.sampling import Columns
 
 log = structlog.get_logger(__name__)
@@ -52,13 +52,9 @@ class TrimmedHead:
         self.token_ids = ids
         self.columns = Columns.of(ids)
         weight = torch.nn.Parameter(head.weight.detach()[ids], requires_grad=False)
-        kind = PackedLinear if isinstance(head, PackedLinear) else torch.nn.Linear
-        with torch.device("meta"):
-            self._linear = kind(weight.shape[1], len(ids), bias=head.bias is not None, dtype=weight.dtype)
-        self._linear.weight = weight
-        if head.bias is not None:
-            self._linear.bias = torch.nn.Parameter(head.bias.detach()[ids], requires_grad=False)
-        if isinstance(self._linear, PackedLinear):
+        bias = None if head.bias is None else torch.nn.Parameter(head.bias.detach()[ids], requires_grad=False)
+        self._linear = from_weight(weight, bias)  # multiplies plainly while it is not packed
+        if isinstance(head, PackedLinear):
             self._linear.pack()
 
     @property

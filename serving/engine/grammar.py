@@ -167,6 +167,10 @@ class _Row:
     dead: bool
 
 
+class _LimitHit(Exception):
+    """Raised when the matcher ran into a limit; it is of no use any more."""
+
+
 class TokenGrammar:
     """The grammar of one request at its committed tokens, with a look ahead along drafted ones.
 
@@ -214,26 +218,28 @@ class TokenGrammar:
         depth = len(before)
         if depth in self._rows and self._path[:depth] == before:
             return self._rows[depth]
-        for _ in range(2):  # a limit that some side branch ran into must not count against the answer
+        for _ in range(2):
             if self._stuck or not self._reach(before):
                 break
-            row = self._look()
-            if not self._matcher.is_error():
-                self._rows[depth] = row
-                return row
-            self._restore()
+            try:
+                row = self._look()
+            except _LimitHit:
+                self._restore()
+                continue
+            self._rows[depth] = row
+            return row
         banned = torch.ones(self._vocab, dtype=torch.bool)
         banned[self._end_ids] = False
         return _Row(banned, over=True, dead=True)
 
     def _reach(self, before: list[int]) -> bool:
         """Bring the matcher to the end of `before`; False if it cannot get there."""
-        if self._follow(before):
-            return True
-        if not self._matcher.is_error():
-            return False
-        self._restore()
-        return self._follow(before)
+        for _ in range(2):
+            try:
+                return self._follow(before)
+            except _LimitHit:  # what a draft or another request used up must not count against this answer
+                self._restore()
+        return False
 
     def _follow(self, before: list[int]) -> bool:
         """Roll back to what `before` shares with the tokens taken in, and take in the rest of it."""
@@ -245,7 +251,12 @@ class TokenGrammar:
             del self._path[same:]
             self._rows = {depth: row for depth, row in self._rows.items() if depth <= same}
         for token in before[same:]:
-            if token in self._ends or self._matcher.try_consume_tokens([token]) != 1:
+            if token in self._ends:
+                return False
+            if self._matcher.try_consume_tokens([token]) != 1:
+                row = self._rows.get(len(self._path)) or self._look()
+                if not row.banned[token]:  # it does not say why it refuses
+                    raise _LimitHit
                 return False
             self._path.append(token)
         return True
@@ -253,6 +264,8 @@ class TokenGrammar:
     def _look(self) -> _Row:
         accepting = self._matcher.is_accepting()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise _LimitHit
         may = np.unpackbits(bits, count=self._vocab, bitorder="little")
         may[self._unused] = 0
         num = int(np.count_nonzero(may))

@@ -214,8 +214,6 @@ class Scheduler:
         self.pool.release(sequence.block_table)
         sequence.block_table.clear()
         sequence.num_target_kv = sequence.num_draft_kv = 0
-        place = self._places[sequence.request_id]
-        place.num_published = place.draft_seen = 0
 
     # -- the prefix cache --------------------------------------------------------------------
 

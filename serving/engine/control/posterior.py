@@ -22,7 +22,7 @@ _START = (0.5, 4.0)  # acceptance nobody measured, and how many examined tokens 
 _HERITAGE = 0.3  # what a new draft version believes of what was known about the one before
 _HERITAGE_TOKENS = 24.0
 _KIND_FORGETTING, _RECENT_FORGETTING = 0.998, 0.97  # an examined token
-_RECENT_DEVIATION = 0.123  # of a mean that forgets so fast, for a variance of 1: sqrt((1 - f) / (1 + f))
+_RECENT_VARIANCE = (1 - _RECENT_FORGETTING) / (1 + _RECENT_FORGETTING)  # of a mean that forgets so fast
 _CHANGED = 3.0  # deviations between the recent mean and the long one that are taken for a change
 _RECENT_ENOUGH = 16.0
 _SPREAD_FORGETTING = 0.98  # a request, or a stretch of one
@@ -101,10 +101,14 @@ class Prior:
             return
         mean = self.mean
         away = abs(self.recent_accepted / self.recent_examined - mean)
-        if away > _CHANGED * _RECENT_DEVIATION * math.sqrt(max(0.02, mean * (1 - mean))):
+        if away * away > self._surprise * max(0.02, mean * (1 - mean)):
             self.accepted, self.examined = self.recent_accepted, self.recent_examined
-            self.requests = self.tokens = self.tokens_squared = self.kept = self.spread = 0.0
             self.changes += 1
+
+    @property
+    def _surprise(self) -> float:
+        """Squared distance of the recent mean, for a variance of 1, that chance and one odd request do not explain."""
+        return _CHANGED**2 * (_RECENT_VARIANCE + 1 / (self.strength + 1))
 
     def request_seen(self, accepted: float, examined: float) -> None:
         """Learn how much one request differed from the others, when it is over."""
