@@ -61,6 +61,7 @@ class Library:
     def run(self, arm: str, load: Load, num_tokens: int) -> Window:
         """Answer every prompt, one after another; time between first and last token counts, as in `steady`."""
         tokens, seconds, tpot_s, ttft_s, calls = 0, 0.0, [], [], 0
+        first = 1 + (ASSISTANT_TOKENS if arm == "hf_assisted" else 0)  # the first round's tokens are not measured
         for ids in load.prompts:
             heard = _Heard()
             assistant = {"assistant_model": self._draft} if arm == "hf_assisted" else {}
@@ -68,7 +69,7 @@ class Library:
             with torch.inference_mode():
                 self._target.generate(
                     torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                    max_new_tokens=num_tokens + 1, do_sample=False, streamer=heard, **assistant,
+                    max_new_tokens=num_tokens + first, do_sample=False, streamer=heard, **assistant,
                 )  # fmt: skip
             (first_s, came), (last_s, _) = heard.times[1], heard.times[-1]
             gained = sum(count for _, count in heard.times[1:]) - came

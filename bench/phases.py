@@ -67,8 +67,10 @@ class Phases:
         library = Library(served.pair) if asked else None
         vllm = self._vllm(served) if options.vllm_python else None
         self._warm_up(served, names)
-        for arm in library.arms if library is not None else ():
-            library.run(arm, self._load(prompts(names[0], 1, options.seed - 1, self._texts), names[0], 0.0), 4)
+        if library is not None:
+            load = self._load(prompts(names[0], 1, options.seed - 1, self._texts), names[0], 0.0)
+            for arm in library.arms:
+                library.run(arm, load, 4)
         groups = []
         for name in names:
             for batch in options.batches:

@@ -175,8 +175,9 @@ class Machine:
         share = sum(choice.proposer == "draft" and choice.gamma > 0 for choice in choices) / batch
         rows = batch + sum(choice.gamma for choice in choices)
         drafting = round(share * batch)
+        each = shape.context_tokens / batch
         draft = sum(
-            self._true.draft_s(min(number, drafting), max(0, number - drafting), share * shape.context_tokens)
+            self._true.draft_s(min(number, drafting), max(0, number - drafting), min(number, drafting) * each)
             for number in forwards
         )
         target = self._true.target_s(rows, shape.context_tokens)

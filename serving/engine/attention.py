@@ -219,9 +219,8 @@ def attend(
     for group in layout.groups:
         if isinstance(group, Span):
             rows, batch = query[group.first : group.first + group.total], 1
-            place = slice(group.slot, group.slot + group.length)
-            k = pool.token_keys[layer][place].transpose(0, 1)[None]
-            v = pool.token_values[layer][place].transpose(0, 1)[None]
+            k = _in_place(pool.token_keys[layer], group)
+            v = _in_place(pool.token_values[layer], group)
         else:
             whole = group.padded is None
             rows = query[group.first : group.first + group.total] if whole else query.index_select(0, group.padded)
@@ -229,10 +228,13 @@ def attend(
             k = _gather(pool.keys[layer], group, kv_heads, dim)
             v = _gather(pool.values[layer], group, kv_heads, dim)
         q_len = rows.shape[0] // batch
-        folded = rows.reshape(batch, q_len, kv_heads, shared, dim).permute(0, 2, 3, 1, 4)
-        folded = folded.reshape(batch, kv_heads, shared * q_len, dim)
+        if q_len > 1:
+            rows = rows.reshape(batch, q_len, kv_heads, shared, dim).permute(0, 2, 3, 1, 4)
+        folded = rows.reshape(batch, kv_heads, shared * q_len, dim)
         out = scaled_dot_product_attention(folded, k, v, attn_mask=group.mask, scale=scaling)
-        out = out.view(batch, kv_heads, shared, q_len, dim).permute(0, 3, 1, 2, 4).reshape(-1, kv_heads * shared, dim)
+        if q_len > 1:
+            out = out.view(batch, kv_heads, shared, q_len, dim).permute(0, 3, 1, 2, 4)
+        out = out.reshape(-1, kv_heads * shared, dim)
         kept = None if isinstance(group, Span) else group.kept
         outputs.append(out if kept is None else out.index_select(0, kept))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -242,6 +244,13 @@ def store(pool: KVPool, layout: Layout, layer: int, key: torch.Tensor, value: to
     """Write the new keys and values into the pool.  Shapes: [tokens, kv_heads, dim]."""
     pool.token_keys[layer].index_copy_(0, layout.slots, key)
     pool.token_values[layer].index_copy_(0, layout.slots, value)
+
+
+def _in_place(cache: torch.Tensor, span: Span) -> torch.Tensor:
+    """View one row's part of the pool.  Shapes: cache [slots, kv_heads, dim]; result [1, kv_heads, length, dim]."""
+    slot, head, one = cache.stride()
+    shape = (1, cache.shape[1], span.length, cache.shape[2])
+    return cache.as_strided(shape, (0, head, slot, one), span.slot * slot)
 
 
 def _gather(cache: torch.Tensor, group: Group, kv_heads: int, dim: int) -> torch.Tensor:

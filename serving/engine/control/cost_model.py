@@ -109,13 +109,13 @@ class CostModel:
     ) -> Floats:
         """Seconds of a draft's forwards: one of `first` rows and `read` tokens besides, depth - 1 of `later` rows.
 
-        Each runs over `context` tokens.  Shapes: all broadcast to one.
+        `context` is summed over all of them.  Shapes: all broadcast to one.
         """
         if self._draft is None:
             return np.zeros(np.broadcast_shapes(first.shape, depth.shape))
         rows_s = self._draft.pick(first) + np.maximum(depth - 1, 0) * self._draft.pick(later)
         rows_s += self.table.read_s * read
-        return (rows_s + self._draft.context_s * context * depth) * self.draft_correction.factor
+        return (rows_s + self._draft.context_s * context) * self.draft_correction.factor
 
     @property
     def fixed_s(self) -> float:
@@ -145,9 +145,9 @@ class CostModel:
         elif self._draft is not None:
             # Only rounds the draft model drafted count here, but matches in the same step hardly change the context.
             drafting = max(1, sum(item.num_drafted > 0 for item in report.rounds))
-            context = shape.context_tokens / len(report.rounds) * drafting
             scored = [min(rows, drafting) for rows in report.draft_forwards]
-            raw = sum(self._draft.at(rows) + self._draft.context_s * context for rows in scored)
+            raw = sum(self._draft.at(rows) for rows in scored)
+            raw += self._draft.context_s * sum(scored) * shape.context_tokens / len(report.rounds)
             raw += self.table.read_s * (sum(report.draft_forwards) - sum(scored))
             self.draft_correction.observe(raw, report.propose_s - self.propose_s)
 

@@ -7,7 +7,6 @@ says nothing.  Knows nothing about cost.  Used by `adaptive`.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -16,25 +15,11 @@ from itertools import accumulate
 import numpy as np
 
 from serving.engine.control.cost_table import Floats
+from serving.engine.control.priors import HERITAGE, Positions, Prior
 
 _KINDS = 256  # kinds remembered; the one unused longest goes first
-_START = (0.5, 4.0)  # acceptance nobody measured, and how many examined tokens that is worth
-_HERITAGE = 0.3  # what a new draft version believes of what was known about the one before
-_HERITAGE_TOKENS = 24.0
-_KIND_FORGETTING, _RECENT_FORGETTING = 0.998, 0.97  # an examined token
-_RECENT_VARIANCE = (1 - _RECENT_FORGETTING) / (1 + _RECENT_FORGETTING)  # of a mean that forgets so fast
-_CHANGED = 3.0  # deviations between the recent mean and the long one that are taken for a change
-_RECENT_ENOUGH = 16.0
-_SPREAD_FORGETTING = 0.98  # a request, or a stretch of one
 _STRETCH = 48.0  # examined tokens after which a running request says how it did
-_OPTIMISM = 0.7  # standard deviations a kind is believed to be better than it was seen to be
-_STRENGTH = (4.0, 200.0)  # examined tokens a kind's mean is worth for one of its requests
-_START_STRENGTH = 10.0
-_FADING, _FADED_TOKENS = 0.94, 12.0
-_POSITION_WEIGHT = 40.0  # examined tokens before a position may differ from the others
-_POSITION_LIMITS = (0.6, 1.4)
-_POSITION_EVERY = 32  # rounds
-_POSITION_FORGETTING = 0.97
+_FADING = 0.94
 _HIGHEST = 0.985
 _BUCKETS = (0, 2, 4, 8, 16)
 
@@ -47,89 +32,6 @@ def match_bucket(match_tokens: int) -> int:
 
 
 @dataclass(slots=True)
-class Prior:
-    """What is known of one kind of request; all sums forget."""
-
-    accepted: float = _START[0] * _START[1]
-    examined: float = _START[1]
-    changes: int = 0
-    recent_accepted: float = 0.0
-    recent_examined: float = 0.0
-    requests: float = 0.0
-    tokens: float = 0.0  # Σ n over finished requests, n tokens examined, x accepted
-    tokens_squared: float = 0.0  # Σ n²
-    kept: float = 0.0  # Σ x
-    spread: float = 0.0  # Σ x²/n
-
-    @property
-    def mean(self) -> float:
-        """Chance that an examined token was accepted."""
-        return min(1.0, self.accepted / self.examined)
-
-    @property
-    def hope(self) -> float:
-        """The mean and a little more while little was seen: what is switched off too early stays unknown."""
-        mean = self.mean
-        return min(1.0, mean + _OPTIMISM * math.sqrt(mean * (1 - mean) / (self.examined + 1)))
-
-    @property
-    def strength(self) -> float:
-        """How many examined tokens this is worth for a request of the kind, by moments.
-
-        Requests that differ more than coin tosses would are worth little to each other.
-        Source: Kleinman 1973, the beta-binomial by moments.
-        """
-        if self.requests < 3 or self.tokens <= 0:
-            return _START_STRENGTH
-        mean = self.kept / self.tokens
-        tossed = mean * (1 - mean)
-        room = self.tokens - self.tokens_squared / self.tokens - (self.requests - 1)
-        if tossed <= 1e-6 or room <= 0:
-            return _STRENGTH[1]
-        excess = (self.spread - mean * mean * self.tokens) / tossed - (self.requests - 1)
-        correlation = min(1.0, max(1e-3, excess / room))
-        return min(_STRENGTH[1], max(_STRENGTH[0], 1 / correlation - 1))
-
-    def tokens_seen(self, accepted: float, examined: float) -> None:
-        """Learn from one round; where the last few dozen tokens disagree, only they count from now on."""
-        keep, keep_recent = _KIND_FORGETTING**examined, _RECENT_FORGETTING**examined
-        self.accepted = self.accepted * keep + accepted
-        self.examined = self.examined * keep + examined
-        self.recent_accepted = self.recent_accepted * keep_recent + accepted
-        self.recent_examined = self.recent_examined * keep_recent + examined
-        if self.recent_examined < _RECENT_ENOUGH:
-            return
-        mean = self.mean
-        away = abs(self.recent_accepted / self.recent_examined - mean)
-        if away * away > self._surprise * max(0.02, mean * (1 - mean)):
-            self.accepted, self.examined = self.recent_accepted, self.recent_examined
-            self.changes += 1
-
-    @property
-    def _surprise(self) -> float:
-        """Squared distance of the recent mean, for a variance of 1, that chance and one odd request do not explain."""
-        return _CHANGED**2 * (_RECENT_VARIANCE + 1 / (self.strength + 1))
-
-    def request_seen(self, accepted: float, examined: float) -> None:
-        """Learn how much one request differed from the others, when it is over."""
-        if examined < 1:
-            return
-        added = (1.0, examined, examined * examined, accepted, accepted * accepted / examined)
-        before = (self.requests, self.tokens, self.tokens_squared, self.kept, self.spread)
-        new = [_SPREAD_FORGETTING * old + item for old, item in zip(before, added, strict=True)]
-        self.requests, self.tokens, self.tokens_squared, self.kept, self.spread = new
-
-    def heir(self) -> Prior:
-        """Return what a new kind that resembles this one starts from."""
-        weight = min(_HERITAGE * self.examined, _HERITAGE_TOKENS)
-        weight = max(weight, _START[1])
-        return Prior(
-            accepted=self.mean * weight, examined=weight, requests=self.requests, tokens=self.tokens,
-            tokens_squared=self.tokens_squared, kept=self.kept, spread=self.spread,
-        )  # fmt: skip
-
-
-@dataclass(slots=True)
 class _Record:
     """One request under one kind: forgetting sums for itself, plain ones of the stretch for the kind's spread."""
 
@@ -138,34 +40,6 @@ class _Record:
     all_accepted: float = 0.0
     all_examined: float = 0.0
     changes: int = 0  # of its kind, when it was last looked at
-
-
-class _Positions:
-    """How acceptance at each position compares with the request's own mean, for one proposer."""
-
-    def __init__(self, max_gamma: int) -> None:
-        self.factors = [1.0] * max_gamma
-        self.exposures = [float(i) for i in range(max_gamma + 1)]  # sums of the first i factors
-        self._expected = [0.0] * max_gamma
-        self._kept = [0.0] * max_gamma
-        self._rounds = 0
-
-    def observe(self, mean: float, num_examined: int, num_accepted: int) -> None:
-        """Count a round; factors are renewed now and then, and forget slowly."""
-        for position in range(num_examined):
-            self._expected[position] += mean
-            self._kept[position] += position < num_accepted
-        self._rounds += 1
-        if self._rounds % _POSITION_EVERY:
-            return
-        low, high = _POSITION_LIMITS
-        overall = (sum(self._kept) + 1.0) / (sum(self._expected) + 1.0)  # wrong means are not the positions' doing
-        for position, (kept, expected) in enumerate(zip(self._kept, self._expected, strict=True)):
-            factor = (kept / overall + _POSITION_WEIGHT) / (expected + _POSITION_WEIGHT)
-            self.factors[position] = min(high, max(low, factor))
-            self.exposures[position + 1] = self.exposures[position] + self.factors[position]
-            self._kept[position] *= _POSITION_FORGETTING
-            self._expected[position] *= _POSITION_FORGETTING
 
 
 @dataclass(slots=True)
@@ -181,7 +55,7 @@ class Beliefs:
     _records: dict[str, dict[Kind, _Record]] = field(default_factory=dict)
     _summaries: dict[Kind, tuple[float, float]] = field(default_factory=dict)
     _latest: dict[tuple[str, str, int], Kind] = field(default_factory=dict)
-    _positions: dict[str, _Positions] = field(default_factory=dict)
+    _positions: dict[str, Positions] = field(default_factory=dict)
 
     def mean(self, request_id: str, kind: Kind) -> float:
         """Chance that an examined token of this request is accepted."""
@@ -200,10 +74,10 @@ class Beliefs:
             self._summaries[kind] = found = (prior.hope, prior.strength)
         return found
 
-    def positions(self, proposer: str) -> _Positions:
+    def positions(self, proposer: str) -> Positions:
         """How acceptance changes along this proposer's drafts."""
         if proposer not in self._positions:
-            self._positions[proposer] = _Positions(self.max_gamma)
+            self._positions[proposer] = Positions(self.max_gamma)
         return self._positions[proposer]
 
     def survival(self, means: list[float], proposer: str) -> Floats:
@@ -250,7 +124,7 @@ class Beliefs:
         record.examined = record.examined * keep + exposure
         if record.changes != self.prior(kind).changes:  # what it did before a change of its kind says less now
             record.changes = self.prior(kind).changes
-            record.accepted, record.examined = _HERITAGE * record.accepted, _HERITAGE * record.examined
+            record.accepted, record.examined = HERITAGE * record.accepted, HERITAGE * record.examined
             record.all_accepted = record.all_examined = 0.0
         record.all_accepted += num_accepted
         record.all_examined += num_examined
@@ -273,9 +147,7 @@ class Beliefs:
     def fade(self) -> None:
         """Trust what is not observed any more a little less; called now and then while nothing is drafted."""
         for prior in self.priors.values():
-            if prior.examined > _FADED_TOKENS:
-                prior.examined *= _FADING
-                prior.accepted *= _FADING
+            prior.fade()
         for records in self._records.values():
             for record in records.values():
                 record.examined *= _FADING

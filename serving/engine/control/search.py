@@ -82,9 +82,9 @@ def price(problem: Problem, costs: CostModel) -> Priced:
         survival = np.where(by_model, problem.draft * inside[:, None, :], problem.free).reshape(depths, -1)
     else:
         survival = (problem.draft * (drafted[:, :, None] & inside[:, None, :])).reshape(depths, -1)
-    gain, by_draft = _ordered(survival, drafted, width, any_free)
+    gain, by_draft, joined = _ordered(problem, survival, drafted, any_free)
     rows = batch + problem.prefill_rows + int(problem.own_rows.sum())
-    seconds = _draft_s(problem, costs, drafted, by_draft)
+    seconds = _draft_s(problem, costs, drafted, by_draft, joined)
     seconds += plain_s + costs.more_target_s(rows, gain.shape[1])
     rate = (gain + (batch + problem.own_gain)) / seconds
     rate[1:][by_draft[1:] == 0] = 0.0  # without a token of the draft model this is depth 0, not another one
@@ -100,29 +100,41 @@ def _plain(problem: Problem, costs: CostModel) -> tuple[float, float]:
     own_s = 0.0
     if own_total:
         nobody = np.zeros((1, batch), dtype=bool)
-        own_s = float(_draft_s(problem, costs, nobody, np.zeros((1, 1)))[0, 0])
+        own_s = float(_draft_s(problem, costs, nobody, np.zeros((1, 1)), np.zeros((1, 1)))[0, 0])
     return seconds, (batch + problem.own_gain) / (seconds + own_s)
 
 
-def _ordered(survival: Floats, drafted: NDArray[np.bool_], width: int, any_free: bool) -> tuple[Floats, Floats]:
-    """Sort each depth's slots, best first; sum what the first v gain, and count the draft model's among them.
+def _ordered(
+    problem: Problem, survival: Floats, drafted: NDArray[np.bool_], any_free: bool
+) -> tuple[Floats, Floats, Floats]:
+    """Sort each depth's slots, best first; sum what the first v gain.
 
+    The other results are how many of the first v are the draft model's, and of how many requests.
     Shapes: results [depths, slots + 1].
     """
-    depths = len(survival)
+    batch, width = problem.draft.shape
     num_slots = int(np.count_nonzero(survival, axis=1).max())
-    gain = np.zeros((depths, num_slots + 1))
+    gain = np.zeros((len(survival), num_slots + 1))
+    joined = np.zeros(gain.shape)
     if not any_free:
-        np.cumsum(-np.sort(-survival, axis=1)[:, :num_slots], axis=1, out=gain[:, 1:])
-        return gain, np.broadcast_to(np.arange(num_slots + 1, dtype=float), gain.shape)
-    order = np.argsort(-survival, axis=1, kind="stable")[:, :num_slots]
-    by_draft = np.zeros(gain.shape)
-    np.cumsum(np.take_along_axis(drafted, order // width, axis=1), axis=1, out=by_draft[:, 1:])
-    np.cumsum(np.take_along_axis(survival, order, axis=1), axis=1, out=gain[:, 1:])
-    return gain, by_draft
+        by_value = -np.sort(-survival, axis=1)[:, :num_slots]
+        by_draft = np.broadcast_to(np.arange(num_slots + 1, dtype=float), gain.shape)
+        # A request's first slot is its best: those at least as good as the v-th are in.
+        joined[:, 1:] = batch - np.searchsorted(np.sort(problem.draft[:, 0]), by_value)
+    else:
+        order = np.argsort(-survival, axis=1, kind="stable")[:, :num_slots]
+        by_value = np.take_along_axis(survival, order, axis=1)
+        by_draft = np.zeros(gain.shape)
+        theirs = np.take_along_axis(drafted, order // width, axis=1)
+        np.cumsum(theirs, axis=1, out=by_draft[:, 1:])
+        np.cumsum(theirs & (order % width == 0), axis=1, out=joined[:, 1:])
+    np.cumsum(by_value, axis=1, out=gain[:, 1:])
+    return gain, by_draft, np.minimum(joined, by_draft)
 
 
-def _draft_s(problem: Problem, costs: CostModel, drafted: NDArray[np.bool_], by_draft: Floats) -> Floats:
+def _draft_s(
+    problem: Problem, costs: CostModel, drafted: NDArray[np.bool_], by_draft: Floats, joined: Floats
+) -> Floats:
     """Seconds of the draft model at every depth and number of slots.
 
     The first forward reads the backlogs; how the rows of the later ones are spread hardly matters,
@@ -133,14 +145,13 @@ def _draft_s(problem: Problem, costs: CostModel, drafted: NDArray[np.bool_], by_
     depth = _DEPTHS[:depths, None]
     if own_total:
         depth = np.maximum(depth, np.count_nonzero(problem.own_rows))
-    joined = np.minimum(np.count_nonzero(drafted, axis=1)[:, None], by_draft)
     # A draft that was kept whole leaves one token more to read.  How deep the round before ran does not matter.
     whole = np.zeros((depths, 1))
     whole[1:, 0] = problem.draft[:, : depths - 1].sum(axis=0) / max(1, np.count_nonzero(problem.draft[:, 0]))
     first = (joined + own_first).astype(np.int64)
     read = whole * joined + (problem.own_backlog - own_first)
     later = ((by_draft - joined + (own_total - own_first)) / np.maximum(depth - 1, 1) + 0.5).astype(np.int64)
-    context = (joined + own_first) * (problem.context_tokens / batch)
+    context = (by_draft + own_total) * (problem.context_tokens / batch)
     seconds = costs.drafts_s(first, read, later, depth, context)
     if problem.catch_up_s.any():
         seconds += (drafted * problem.catch_up_s).sum(axis=1)[:, None]
