@@ -75,6 +75,9 @@ class EngineSettings(_Section):
     lean: bool = Field(
         True, description="run Llama-shaped models through the lean forward; false leaves them to transformers"
     )
+    draft_int8: bool = Field(
+        True, description="let a bfloat16 draft multiply in int8 where the CPU can; no output depends on it"
+    )
     pack: bool = Field(
         True, description="keep a second copy of linear weights, laid out for the CPU; false is slower in less memory"
     )

@@ -3,7 +3,8 @@
 y = x Wᵀ + b, float32 accumulation.  A plain product lays its weight out anew on every call, which for
 a few rows costs as much as the multiplication; oneDNN's own layout is written once (docs/experiments.md
 has the table the row limits come from).  Packed storage cannot be written to: after changing `weight`
-in place, call `pack` again.
+in place, call `pack` again.  A layer that may be inexact, which a draft's may, also keeps its weight in
+int8, one scale an output, and quantises the inputs of small batches, one scale a row.
 
 Shapes: x [..., in], weight [out, in], bias [out]; bfloat16 or float32 throughout.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 _ROWS_HINT = 16  # a layout chosen for 1 row is slow for 2 to 8; one chosen for 8 or 16 is good from 1 to 300
+_INT8_ROWS = range(1, 33)  # longer ones are prompts; their first tokens have inputs that int8 cannot hold
 _FLOAT32_ROWS = range(3, 65)  # below, reading the plain weight is all the work; above, both are compute bound
 
 
@@ -34,25 +36,57 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and packing_works()
 
 
+def can_quantize() -> bool:
+    """Whether this CPU multiplies int8 natively; elsewhere oneDNN's sums would saturate."""
+    try:
+        return bool(torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported())
+    except AttributeError:
+        return False
+
+
 class PackedLinear(torch.nn.Linear):
     """A linear layer that multiplies with a packed copy of its weight where that is faster."""
 
     packed: torch.Tensor | None = None
+    int8 = False  # may a bfloat16 layer be inexact?
+    quantized: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # packed weight, scales, zeros
 
     def pack(self) -> None:
         """Pack the weight as it is now."""
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().contiguous(), _ROWS_HINT)
+        weight = self.weight.detach().contiguous()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
+        if self.int8 and weight.dtype == torch.bfloat16 and self.bias is None:
+            self.quantized = _quantize(weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply; with the plain weight while nothing is packed, or for so many rows."""
         packed, rows = self.packed, x.numel() // x.shape[-1]
+        if self.quantized is not None and rows in _INT8_ROWS:
+            return _int8_product(x, *self.quantized)
         if packed is None or not rows or (x.dtype == torch.float32 and rows not in _FLOAT32_ROWS):
             return torch.nn.functional.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the packed copy out of copies and pickles: its storage is opaque."""
-        return {name: value for name, value in self.__dict__.items() if name != "packed"}
+        """Leave the packed copies out of copies and pickles: their storage is opaque."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("packed", "quantized")}
+
+
+def _quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scales = weight.float().abs().amax(1).clamp_min(1e-12) / 127  # not a number where the weight is not
+    rounded = (weight / scales[:, None]).round_().to(torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(rounded, [1, weight.shape[1]])
+    return packed, scales, torch.zeros(len(scales), dtype=torch.long)
+
+
+def _int8_product(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Multiply with inputs rounded to 1 ... 255 around 128, each row by its own largest value."""
+    largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12)
+    rounded = (x * (127 / largest)).add_(128.5).to(torch.uint8)
+    out = torch.ops.onednn.qlinear_pointwise(
+        rounded, 1 / 127, 128, packed, scales, zeros, None, 1.0, 0, x.dtype, "none", [], ""
+    )
+    return out.mul_(largest)  # type: ignore[no-any-return]
 
 
 def from_weight(weight: torch.nn.Parameter, bias: torch.nn.Parameter | None = None) -> PackedLinear:
@@ -65,13 +99,14 @@ def from_weight(weight: torch.nn.Parameter, bias: torch.nn.Parameter | None = No
 
 
 def pack_linears(
-    model: torch.nn.Module, like: torch.nn.Module | None = None, only: Collection[str] | None = None
-) -> None:
+    model: torch.nn.Module, like: torch.nn.Module | None = None, only: Collection[str] | None = None,
+    *, int8: bool = False,
+) -> None:  # fmt: skip
     """Turn bias-free linears of a model into packed ones, or pack them again.
 
     Those of a dtype that does not pack here stay, and those that `only`, if given, does not name.
     Layers whose weight is the very tensor that `like`, a packed model of the same shape, has there
-    use its packed copy instead of making their own.
+    use its packed copy instead of making their own.  `int8` lets the bfloat16 ones be inexact.
     """
     for name, child in list(model.named_modules()):
         wanted = type(child) is torch.nn.Linear and child.bias is None and (only is None or name in only)
@@ -83,6 +118,7 @@ def pack_linears(
         if isinstance(module, PackedLinear):
             twin = twins.get(name)
             if twin is not module and isinstance(twin, PackedLinear) and twin.weight is module.weight:
-                module.packed = twin.packed
+                module.packed, module.quantized = twin.packed, twin.quantized
             else:
+                module.int8 = int8 and can_quantize()
                 module.pack()

@@ -28,14 +28,16 @@ ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 576]
 def gpu_table() -> CostTable:
     """An 8B target on an H100 with a small draft, from the constants SpecDecode-Bench fitted to vLLM."""
     target = Curve(ROWS, [5.886e-3 + 21.0e-6 * rows for rows in ROWS], 39.3e-9)
-    return CostTable("gpu", target, Curve(ROWS, [0.71e-3 + 2e-6 * rows for rows in ROWS], 0.0), 2e-6, 0.0)
+    return CostTable("gpu", target, Curve(ROWS, [0.71e-3 + 2e-6 * rows for rows in ROWS], 0.0), 2e-6, 0.0, 0.0)
 
 
 def cpu_table() -> CostTable:
     """A 135M target on two cores with a four-layer draft: verifying is nearly free at first, drafting never is."""
     seconds = np.interp(ROWS, [1, 2, 6, 8, 16, 32, 576], [0.041, 0.043, 0.045, 0.049, 0.061, 0.085, 1.00])
     draft = [0.0075 + 0.0006 * rows for rows in ROWS]
-    return CostTable("cpu", Curve(ROWS, [float(item) for item in seconds], 2e-6), Curve(ROWS, draft, 1e-6), 1e-4, 0.0)
+    return CostTable(
+        "cpu", Curve(ROWS, [float(item) for item in seconds], 2e-6), Curve(ROWS, draft, 1e-6), 1e-4, 0.0, 0.0
+    )
 
 
 OVERHEAD_S = {"gpu": 1.207e-3, "cpu": 3e-3}
@@ -46,7 +48,7 @@ def scaled(table: CostTable, target: float, draft: float) -> CostTable:
     curves = [(table.target, target), (table.draft, draft)]
     new = [Curve(c.rows, [item * by for item in c.seconds], c.context_s * by) if c else None for c, by in curves]
     assert new[0] is not None
-    return CostTable(table.fingerprint, new[0], new[1], table.read_s * draft, 0.0)
+    return CostTable(table.fingerprint, new[0], new[1], table.read_s * draft, 0.0, 0.0)
 
 
 def controller(table: CostTable, *, seed: int = 0, **settings: float) -> AdaptiveController:

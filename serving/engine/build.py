@@ -85,7 +85,7 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
     if pair.draft_kind != "none" and DraftProposer.name in settings.engine.proposers:
         draft = _load_draft(pair, target)
         _check_attention("draft", draft.config)
-        draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings), forwards)
+        draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings), _draft_forwards(settings))
         keep_laws = settings.engine.coupling == "maximal"
         vocabulary = open_vocabulary(settings, pair, database, draft.get_output_embeddings())
         hotswap = _hotswap(settings, pair, registry, draft_runner, draft, vocabulary)
@@ -144,6 +144,10 @@ def _load_draft(pair: Pair, target: Any) -> Any:
     """Load the base draft; it borrows the target's embedding and head where both have one dtype."""
     dtype = _draft_dtype(pair)
     return load_draft(pair, dtype, shared=target if DTYPES[pair.dtype] == dtype else None)
+
+
+def _draft_forwards(settings: Settings) -> Forwards:
+    return Forwards(lean=settings.engine.lean, pack=_packs(settings), int8=settings.engine.draft_int8)
 
 
 def _packs(settings: Settings) -> bool:

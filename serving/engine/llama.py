@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import embedding, silu
 
-from kernels.packed_linear import PackedLinear, can_pack, from_weight
+from kernels.packed_linear import PackedLinear, can_pack, can_quantize, from_weight
 from serving.engine.attention import KVPool, Layout, attend, store
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
@@ -98,8 +98,8 @@ class LeanLlama:
         self._rotary = inner.rotary_emb
         self._cos = self._sin = torch.empty(0)
 
-    def pack(self) -> None:
-        """Pack the weights as they are now, where that is faster.
+    def pack(self, *, int8: bool = False) -> None:
+        """Pack the weights as they are now, where that is faster; `int8` lets bfloat16 ones be inexact.
 
         Not `down` in float32: its inputs hold single values in the thousands, and the packed product,
         which adds them up in one go, is several times less exact there and hardly faster.
@@ -107,12 +107,11 @@ class LeanLlama:
         for layer in self._layers:
             for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
                 exact = linear is layer.down and linear.weight.dtype == torch.float32
+                linear.int8 = int8 and can_quantize()
                 if can_pack(linear.weight.dtype) and not exact:
                     linear.pack()
 
-    def states(
-        self, tokens: torch.Tensor, pool: KVPool, layout: Layout, wanted: torch.Tensor | None
-    ) -> torch.Tensor:
+    def states(self, tokens: torch.Tensor, pool: KVPool, layout: Layout, wanted: torch.Tensor | None) -> torch.Tensor:
         """Process the tokens of a step and return the normed states of the wanted rows; None wants all.
 
         Shapes: tokens [tokens] int64; wanted [rows] indices into them; result [rows, hidden_size].

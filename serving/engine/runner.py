@@ -41,11 +41,13 @@ class Forwards:
     Args:
         lean: run models lean where their architecture is known; False leaves all to transformers.
         pack: keep a second copy of linear weights where that is faster.
+        int8: let the products of bfloat16 models be inexact; for drafts only.
     """
 
-    def __init__(self, *, lean: bool = True, pack: bool = True) -> None:
+    def __init__(self, *, lean: bool = True, pack: bool = True, int8: bool = False) -> None:
         self._lean = lean
         self._pack = pack
+        self._int8 = int8
         self._built: WeakKeyDictionary[Any, LeanLlama | None] = WeakKeyDictionary()
 
     def prepare(self, model: Any, like: Any = None) -> None:
@@ -58,8 +60,8 @@ class Forwards:
             model.set_attn_implementation(IMPLEMENTATION)
         if self._pack:
             if lean is not None:
-                lean.pack()
-            pack_linears(model, like, only=None if lean is None else ("lm_head",))
+                lean.pack(int8=self._int8)
+            pack_linears(model, like, only=None if lean is None else ("lm_head",), int8=self._int8)
         self._built[model] = lean
 
     def of(self, model: Any) -> LeanLlama | None:

@@ -117,7 +117,8 @@ class AdaptiveController:
         self.explorer.elapsed(report.step_s)
         batch = len(report.rounds)
         if batch:
-            plain_s, prefill_s = self.costs.plain_s(report.shape, batch)
+            sampled = sum(item.request.sampling.temperature > 0 for item in report.rounds)
+            plain_s, prefill_s = self.costs.plain_s(report.shape, batch, sampled)
             drafted = any(item.num_drafted for item in report.rounds)
             self.switchback.observe(Step(report.step_s, plain_s, prefill_s, gained / batch, drafted))
 

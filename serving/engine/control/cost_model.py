@@ -18,6 +18,7 @@ from serving.engine.control.cost_table import CostTable, Curve, Floats
 _RATE = 0.02  # about fifty steps
 _CLIP = 0.5  # the most, in log, that one step can disagree
 _LIMIT = math.log(4.0)
+_LEAST_PART = 0.05  # of a step that drawing must take, before the step says anything about it
 _DENSE = 2048
 ALARM = 0.25  # a correction beyond this, in log, deserves a look: the machine is not what it was
 
@@ -34,13 +35,16 @@ class Correction:
         """What predictions are multiplied by."""
         return math.exp(self.log_factor)
 
-    def observe(self, predicted_s: float, seen_s: float) -> None:
-        """Move towards seen / predicted: fast at first, then slowly; `predicted_s` is uncorrected."""
-        if predicted_s <= 0 or seen_s <= 0:
+    def observe(self, predicted_s: float, seen_s: float, weight: float = 1.0) -> None:
+        """Move towards seen / predicted: fast at first, then slowly.
+
+        `predicted_s` is corrected already; `weight` is this factor's part of it.
+        """
+        if predicted_s <= 0 or seen_s <= 0 or weight <= 0:
             return
         self.num_seen += 1
-        wrong = math.log(seen_s / predicted_s) - self.log_factor
-        rate = max(_RATE, 1 / (self.num_seen + 1))
+        wrong = math.log(seen_s / predicted_s)
+        rate = max(_RATE, 1 / (self.num_seen + 1)) * weight
         moved = self.log_factor + rate * min(_CLIP, max(-_CLIP, wrong))
         self.log_factor = min(_LIMIT, max(-_LIMIT, moved))
 
@@ -76,6 +80,7 @@ class CostModel:
     def __init__(self, table: CostTable) -> None:
         self.table = table
         self.target_correction = Correction()
+        self.sample_correction = Correction()
         self.draft_correction = Correction()
         self.overhead_s = 0.0  # a step's time outside proposing and verifying
         self.propose_s = 0.0  # proposing without a draft forward: looking for matches, choosing
@@ -84,14 +89,21 @@ class CostModel:
         self._target = _Dense(table.target)
         self._draft = _Dense(table.draft) if table.draft else None
 
-    def target_s(self, rows: int, context_tokens: float) -> float:
-        """Seconds of a target forward."""
-        return (self._target.at(rows) + self._target.context_s * context_tokens) * self.target_correction.factor
+    @property
+    def sample_s(self) -> float:
+        """Seconds it takes to draw from one row of the target at a temperature, beyond a greedy one."""
+        return self.table.sample_s * self.sample_correction.factor
 
-    def more_target_s(self, rows: int, count: int) -> Floats:
+    def target_s(self, rows: int, context_tokens: float, sampled_rows: float = 0.0) -> float:
+        """Seconds of a target forward, some of whose rows are drawn from at a temperature."""
+        raw = self._target.at(rows) + self._target.context_s * context_tokens
+        return raw * self.target_correction.factor + sampled_rows * self.sample_s
+
+    def more_target_s(self, rows: int, count: int, sampled_share: float = 0.0) -> Floats:
         """Seconds that 0, 1, … count - 1 more rows add to a target forward of `rows`."""
         span = self._target.span(rows, count)
-        return (span - span[0]) * self.target_correction.factor
+        more: Floats = (span - span[0]) * self.target_correction.factor
+        return more + np.arange(count) * (sampled_share * self.sample_s) if sampled_share else more
 
     def draft_s(self, rows: int, read_tokens: int, context_tokens: float) -> float:
         """Seconds of a draft forward that scores `rows` and reads some tokens besides; 0 without a draft model."""
@@ -122,10 +134,12 @@ class CostModel:
         """What every step costs besides its forwards."""
         return self.overhead_s + self.propose_s
 
-    def plain_s(self, shape: StepShape, batch: int) -> tuple[float, float]:
+    def plain_s(self, shape: StepShape, batch: int, sampled: int) -> tuple[float, float]:
         """Seconds of a plain step of this batch without prefill, and what its prefill adds."""
-        alone = self.target_s(batch, shape.context_tokens)
-        both = self.target_s(batch + shape.prefill_tokens, shape.context_tokens) if shape.prefill_tokens else alone
+        alone = self.target_s(batch, shape.context_tokens, sampled)
+        if not shape.prefill_tokens:
+            return alone + self.fixed_s, 0.0
+        both = self.target_s(batch + shape.prefill_tokens, shape.context_tokens, sampled)
         return alone + self.fixed_s, both - alone
 
     def observe(self, report: StepReport) -> None:
@@ -134,8 +148,12 @@ class CostModel:
             return
         shape = report.shape
         if shape.prefill_tokens <= 4 * len(report.rounds):  # long prompts have a shape, and a cost, of their own
-            raw = self._target.at(report.rows) + self._target.context_s * shape.context_tokens
-            self.target_correction.observe(raw, report.target_s)
+            sampled = sum(item.num_drafted + 1 for item in report.rounds if item.request.sampling.temperature > 0)
+            predicted = self.target_s(report.rows, shape.context_tokens, sampled)
+            drawing = sampled * self.sample_s / predicted
+            self.target_correction.observe(predicted, report.target_s, (1 - drawing) ** 2)
+            if drawing > _LEAST_PART:  # greedy steps hold the target's factor; what is left is the drawing's
+                self.sample_correction.observe(predicted, report.target_s, min(1 / drawing, 1 / (4 * _LEAST_PART)))
         overhead = max(0.0, report.step_s - report.propose_s - report.target_s)
         self._overheads_seen += 1
         self.overhead_s += _rate(self._overheads_seen) * (overhead - self.overhead_s)
@@ -149,12 +167,14 @@ class CostModel:
             raw = sum(self._draft.at(rows) for rows in scored)
             raw += self._draft.context_s * sum(scored) * shape.context_tokens / len(report.rounds)
             raw += self.table.read_s * (sum(report.draft_forwards) - sum(scored))
-            self.draft_correction.observe(raw, report.propose_s - self.propose_s)
+            self.draft_correction.observe(raw * self.draft_correction.factor, report.propose_s - self.propose_s)
 
     def explain(self) -> dict[str, object]:
         """Return the table and its corrections in plain values, times in milliseconds."""
         curves = {"target": self.table.target, "draft": self.table.draft}
-        corrections = {"target": self.target_correction, "draft": self.draft_correction}
+        corrections = {
+            "target": self.target_correction, "sampling": self.sample_correction, "draft": self.draft_correction,
+        }  # fmt: skip
         return {
             "table": {
                 name: {
@@ -167,6 +187,7 @@ class CostModel:
                 name: {"factor": round(item.factor, 4), "steps": item.num_seen, "alarm": abs(item.log_factor) > ALARM}
                 for name, item in corrections.items()
             },
+            "sample_ms": round(1e3 * self.sample_s, 4),
             "draft_reads_1000_tokens_ms": round(1e6 * self.table.read_s, 3),
             "overhead_ms": round(1e3 * self.overhead_s, 4),
             "propose_ms": round(1e3 * self.propose_s, 4),

@@ -27,6 +27,8 @@ Floats = NDArray[np.float64]
 FORMAT = 1
 _FAR = 1_000_000  # rows no step reaches: the last slope goes on up to there
 _SMALL = (1, 2, 3, 4, 6, 8)
+_TURNS = 3  # of a size, for which there must be time
+_AGREEMENT = 1.3
 
 
 class Curve(msgspec.Struct, frozen=True):
@@ -55,6 +57,10 @@ class Curve(msgspec.Struct, frozen=True):
         if any(a > b for a, b in zip(self.seconds, self.seconds[1:], strict=False)):
             raise ValueError(f"times must not fall, not {self.seconds}")
 
+    def at(self, rows: int) -> float:
+        """Seconds of so many rows at short context."""
+        return float(np.interp(rows, *self.knots))
+
     @property
     def knots(self) -> tuple[Floats, Floats]:
         """Rows and seconds with one far knot more, so that interpolation extrapolates linearly.
@@ -72,26 +78,30 @@ class Curve(msgspec.Struct, frozen=True):
 class CostTable(msgspec.Struct, frozen=True):
     """The curves of one pair on one machine; `draft` is None where there is no draft model.
 
-    Rows of the draft's curve are scored ones, one a request; a token it only reads costs `read_s`.
+    The target's curve has greedy rows; drawing from one at a temperature costs `sample_s` more.  Rows of
+    the draft's curve are scored ones, one a request; a token it only reads costs `read_s`.
     """
 
     fingerprint: str
     target: Curve
     draft: Curve | None
     read_s: float
+    sample_s: float
     spent_s: float  # how long measuring took
+    settled: bool = True  # measured on a machine quiet enough to rely on it next time
     format: int = FORMAT
 
 
 def curve_from(measured: dict[int, float], context_s: float) -> Curve:
     """Make a curve of the fastest measurement of every size.
 
-    Noise only ever adds, and fewer rows never cost more: so a size costs at most what it took itself
-    and at most what any larger one took.
+    Noise only ever adds.  Fewer rows never cost more, and many rows never more than a few forwards of
+    fewer: so a size costs at most what it took itself, and at most what those bounds say.
     """
     rows = sorted(measured)
     seconds = np.minimum.accumulate([measured[size] for size in reversed(rows)])[::-1]
-    return Curve(rows, [float(item) for item in seconds], context_s)
+    split = [min(-(-size // part) * cost for part, cost in zip(rows, seconds, strict=True)) for size in rows]
+    return Curve(rows, [float(item) for item in np.maximum.accumulate(split)], context_s)
 
 
 def sizes_up_to(max_rows: int) -> list[int]:
@@ -104,28 +114,44 @@ def sizes_up_to(max_rows: int) -> list[int]:
     return [item for item in sizes if item < last] + [last]
 
 
-def measure_curve(measure: Measure, max_rows: int, *, budget_s: float, long_context: int, repeats: int = 5) -> Curve:
+def measure_curve(
+    measure: Measure, max_rows: int, *, budget_s: float, long_context: int, turns: int = 5
+) -> tuple[Curve, bool]:
     """Time forwards of several sizes, coarse to fine, and stop when `budget_s` of forwards are spent.
 
-    Sizes take turns and the fastest of `repeats` counts: a machine that does something else for a
-    moment then slows one turn, not one size.  At least two sizes are always measured.
+    Sizes take turns and the fastest turn counts: a machine that does something else for a moment then
+    slows one turn, not one size.  A size is only begun if there is time for three turns of it; two are
+    always measured.  Also says whether the turns agree well enough to rely on the curve next time.
     """
     measure(1, 0)  # the first forward also pays for what every later one finds warm
-    best: dict[int, float] = {}
-    spent, context_s = 0.0, 0.0
-    order = _coarse_to_fine(sizes_up_to(max_rows))
-    for turn in range(repeats):
-        for rows in order if turn == 0 else sorted(best):
-            guess = best.get(rows, best[max(best)] * max(1.0, rows / max(best)) if best else 0.0)
-            if len(best) >= 2 and spent + guess > budget_s:
+    taken: dict[int, list[float]] = {}
+    spent = 0.0
+    for turn in range(turns):
+        for rows in _coarse_to_fine(sizes_up_to(max_rows)) if turn == 0 else sorted(taken):
+            guess = min(taken[rows]) if turn else _guess(taken, rows)
+            if len(taken) >= 2 and (spent + guess) * (_TURNS if turn == 0 else 1) > budget_s:
                 continue
             seconds = measure(rows, 0)
             spent += seconds
-            best[rows] = min(best.get(rows, math.inf), seconds)
+            taken.setdefault(rows, []).append(seconds)
+    context_s = 0.0
     if spent < budget_s:
-        far = min(measure(1, long_context) for _ in range(repeats))
-        context_s = max(0.0, far - best[1]) / long_context
-    return curve_from(best, context_s)
+        far = min(measure(1, long_context) for _ in range(turns))
+        context_s = max(0.0, far - min(taken[1])) / long_context
+    return curve_from({rows: min(items) for rows, items in taken.items()}, context_s), _settled(taken)
+
+
+def _guess(taken: dict[int, list[float]], rows: int) -> float:
+    """Guess what a size not measured yet takes, rather too much than too little."""
+    largest = max(taken, default=0)
+    return min(taken[largest]) * max(1.0, rows / largest) if largest else 0.0
+
+
+def _settled(taken: dict[int, list[float]]) -> bool:
+    """Whether the two fastest turns of most sizes tell the same."""
+    pairs = [sorted(items)[:2] for items in taken.values()]
+    agree = sum(len(pair) == 2 and pair[1] <= _AGREEMENT * pair[0] for pair in pairs)
+    return agree >= 0.8 * len(pairs)
 
 
 def _coarse_to_fine(sizes: list[int]) -> list[int]:
@@ -163,6 +189,9 @@ def load_or_measure(folder: Path, fingerprint: str, measure: Callable[[], CostTa
     except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
         log.warning("cost_table_unreadable", path=str(path), error=str(error), action="measured again")
     table = measure()
+    if not table.settled:
+        log.warning("cost_table_noisy", action="used now, measured again at the next start")
+        return table
     try:
         _write(path, msgspec.json.format(msgspec.json.encode(table)))
     except OSError as error:

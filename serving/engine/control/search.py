@@ -29,9 +29,9 @@ class Problem:
 
     Shapes: draft, free [B, G] survival by position, 0 where nothing is offered; catch_up_s [B] seconds of
     reading what the draft model missed, already shared over the rounds it will serve.  `free` are
-    proposals that need no model.  own_* are the requests that named their own draft length: their
-    drafted rows by depth [G], the tokens the draft reads first for them, and the tokens they are
-    expected to gain.
+    proposals that need no model; sampled_share is the part of the requests with a temperature.
+    own_* are the requests that named their own draft length: their drafted rows by depth [G], the
+    tokens the draft reads first for them, and the tokens they are expected to gain.
     """
 
     draft: Floats
@@ -39,6 +39,7 @@ class Problem:
     catch_up_s: Floats
     prefill_rows: int
     context_tokens: int
+    sampled_share: float
     own_rows: NDArray[np.int64]
     own_backlog: int
     own_gain: float
@@ -85,7 +86,7 @@ def price(problem: Problem, costs: CostModel) -> Priced:
     gain, by_draft, joined = _ordered(problem, survival, drafted, any_free)
     rows = batch + problem.prefill_rows + int(problem.own_rows.sum())
     seconds = _draft_s(problem, costs, drafted, by_draft, joined)
-    seconds += plain_s + costs.more_target_s(rows, gain.shape[1])
+    seconds += plain_s + costs.more_target_s(rows, gain.shape[1], problem.sampled_share)
     rate = (gain + (batch + problem.own_gain)) / seconds
     rate[1:][by_draft[1:] == 0] = 0.0  # without a token of the draft model this is depth 0, not another one
     slots = rate.argmax(axis=1)
@@ -96,7 +97,9 @@ def _plain(problem: Problem, costs: CostModel) -> tuple[float, float]:
     """Return seconds without drafting, and tokens per second if only requests with an own length draft."""
     batch = problem.draft.shape[0]
     own_total = int(problem.own_rows.sum())
-    seconds = costs.target_s(batch + problem.prefill_rows + own_total, problem.context_tokens) + costs.fixed_s
+    rows = batch + own_total
+    sampled = problem.sampled_share * rows
+    seconds = costs.target_s(rows + problem.prefill_rows, problem.context_tokens, sampled) + costs.fixed_s
     own_s = 0.0
     if own_total:
         nobody = np.zeros((1, batch), dtype=bool)

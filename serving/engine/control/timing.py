@@ -1,6 +1,6 @@
 """Time the real pair before it serves: forwards on block 0, which no request ever gets.
 
-Includes shaping and drawing, since a step pays for them by the row as well.  Called by `build`, while
+Includes shaping and choosing tokens, since a step pays for them by the row as well.  Called by `build`, while
 nobody runs; leaves block 0 as empty as it was.
 """
 
@@ -26,7 +26,8 @@ _BUDGET_S = {"target": 4.0, "draft": 2.0}
 _LONG_CONTEXT = 512
 _READ = 64  # tokens read at once, to know what a token of backlog costs
 _ROUND = 4  # rows a request has in a timed target forward: about what verification gives it
-_SAMPLING = Sampling(temperature=0.8, seed=1)
+_GREEDY, _SAMPLED = Sampling(temperature=0.0), Sampling(temperature=0.8, seed=1)
+_DRAWN = 4  # rows drawn from, to know what one costs
 
 
 def cost_table(
@@ -41,21 +42,27 @@ def cost_table(
         most = settings.engine.max_batch * (settings.engine.gamma_max + 1)
         context = min(_LONG_CONTEXT, settings.engine.max_model_len // 2)
         spread = settings.engine.max_batch
-        curve = measure_curve(
+        curve, settled = measure_curve(
             timer(target, _ROUND, spread, clock), most, budget_s=_BUDGET_S["target"], long_context=context
         )
         drafting, read_s = None, 0.0
         if draft is not None:
             run = timer(draft, 1, spread, clock)
-            drafting = measure_curve(run, max(2, spread), budget_s=_BUDGET_S["draft"], long_context=context)
+            drafting, steady = measure_curve(run, max(2, spread), budget_s=_BUDGET_S["draft"], long_context=context)
+            settled = settled and steady
             long = timer(draft, 1, 1, clock)
             read_s = max(0.0, min(long(_READ, 0) for _ in range(3)) - drafting.seconds[0]) / (_READ - 1)
-        return CostTable(fingerprint, curve, drafting, read_s, clock() - begin)
+            read_s = min(read_s, drafting.seconds[0])
+        drawn = timer(target, _ROUND, spread, clock, _SAMPLED)
+        sample_s = max(0.0, min(drawn(_DRAWN, 0) for _ in range(3)) - curve.at(_DRAWN)) / _DRAWN
+        return CostTable(fingerprint, curve, drafting, read_s, sample_s, clock() - begin, settled)
 
     return load_or_measure(settings.cache_dir / "costs", fingerprint, measure)
 
 
-def timer(runner: ModelRunner, rows_each: int, most_requests: int, clock: Callable[[], float]) -> Measure:
+def timer(
+    runner: ModelRunner, rows_each: int, most_requests: int, clock: Callable[[], float], sampling: Sampling = _GREEDY
+) -> Measure:
     """Return a callable that runs one forward and returns its seconds.
 
     Rows are shared out to requests of `rows_each`, then evenly to at most `most_requests`.  A model
@@ -72,7 +79,7 @@ def timer(runner: ModelRunner, rows_each: int, most_requests: int, clock: Callab
             tokens = [(i + j) * 7919 % vocab for j in range(count)]
             work.append(Work(table, context_tokens, tokens, 1 if rows_each == 1 else count))
         scored = sum(item.num_logits for item in work)
-        params = row_params([_SAMPLING] * scored, [context_tokens] * scored)
+        params = row_params([sampling] * scored, [context_tokens] * scored)
         begin = clock()
         with torch.inference_mode():
             draw(shape_logits(runner.forward(work), params), params).tolist()

@@ -54,7 +54,9 @@ class StepView:
         catch_up_s = np.array([s / self._dwell(r) if s else 0.0 for s, r in zip(self._once_s, requests, strict=True)])
         self.problem = Problem(
             draft=draft, free=self._free, catch_up_s=catch_up_s, prefill_rows=shape.prefill_tokens,
-            context_tokens=shape.context_tokens, own_rows=own_rows, own_backlog=own_backlog, own_gain=own_gain,
+            context_tokens=shape.context_tokens,
+            sampled_share=sum(request.sampling.temperature > 0 for request in requests) / batch,
+            own_rows=own_rows, own_backlog=own_backlog, own_gain=own_gain,
         )  # fmt: skip
 
     def candidates(self, choices: list[Choice], plain: float) -> list[tuple[str, str, float, float]]:
@@ -64,7 +66,7 @@ class StepView:
         """
         costs, context = self._costs, self._shape.context_tokens
         batch = len(self._requests)
-        row_s = float(costs.more_target_s(batch + self.problem.prefill_rows, 3)[2]) / 2
+        row_s = float(costs.more_target_s(batch + self.problem.prefill_rows, 3, self.problem.sampled_share)[2]) / 2
         one_s = costs.draft_s(1, 0, context / batch)
         token_s = 1 / plain if plain > 0 else 0.0
         found = []
