@@ -102,7 +102,8 @@ def _measured(load: EngineLoad) -> Signal:
     if value is None or low is None or high is None:
         text = "The speed-up is not measured yet; give `engine.switchback_share` more than 0 and wait."
         return Signal(name="measured speed-up", value=None, leaning="neutral", sentence=text)
-    text = f"measured {value:.2f}x against no speculation [{low:.2f}, {high:.2f}] over {load.speedup_windows} pairs of windows."
+    interval = f"[{low:.2f}, {high:.2f}] over {load.speedup_windows} pairs of windows"
+    text = f"measured {value:.2f}x against no speculation {interval}."
     leaning: Leaning = "for" if low > 1 else "against" if high < 1 else "neutral"
     return Signal(name="measured speed-up", value=value, leaning=leaning, sentence=text)
 

@@ -25,6 +25,7 @@ START_S = 90.0
 TINY_ENGINE = {
     "max_batch": 8, "max_model_len": 192, "kv_tokens": 2048, "block_tokens": 8, "prefill_tokens": 64, "threads": 1,
     "swap_poll_s": 0.05,
+    "controller": "fixed",  # a tiny pair is never worth speculating on, and its drafts shall be judged
 }  # fmt: skip
 
 

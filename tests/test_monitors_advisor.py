@@ -40,7 +40,9 @@ def test_too_little_traffic_gets_no_advice() -> None:
     """Below the least number of requests nothing is claimed, and the sentence says how many are missing."""
     assert advise(None, CHAT).verdict == "too little traffic"
     few = advice(CHAT, outcome(), n=29)
-    assert few.verdict == "too little traffic" and "29" in few.sentence and "30" in few.sentence
+    assert few.verdict == "too little traffic"
+    assert "29" in few.sentence
+    assert "30" in few.sentence
 
 
 def test_small_batch_chat_speculates() -> None:
@@ -73,7 +75,8 @@ def test_a_measured_loss_outranks_every_rule() -> None:
     """Rules of thumb say yes; the measured interval lies below 1, so the answer is no. And the other way round."""
     measured = {"speedup_windows": 30, "median_batch": 2, "kv_usage": 0.2}
     loses = advice(EngineLoad(speedup=0.8, speedup_low=0.75, speedup_high=0.86, **measured), outcome())
-    assert loses.verdict == "do not speculate" and "0.80x" in loses.sentence
+    assert loses.verdict == "do not speculate"
+    assert "0.80x" in loses.sentence
     hot = outcome(sampling=Sampling(temperature=1.5), delivered_tokens=10, prompt_tokens=500)
     wins = advice(EngineLoad(speedup=1.3, speedup_low=1.2, speedup_high=1.4, **measured), hot)
     assert wins.verdict == "speculate"
@@ -116,7 +119,9 @@ def test_the_window_forgets() -> None:
     for number in range(200):
         window.add(outcome(number, delivered_tokens=10 if number < 150 else 90))
     traffic = window.summarise()
-    assert traffic is not None and traffic.requests == 50 and traffic.median_delivered == 90
+    assert traffic is not None
+    assert traffic.requests == 50
+    assert traffic.median_delivered == 90
 
 
 def test_the_engines_document_is_read_as_the_controller_writes_it() -> None:

@@ -168,7 +168,8 @@ def test_advise_prints_what_the_watcher_wrote_and_says_when_it_is_old(run, data)
     for words in ("do not speculate", "44 requests", "0.80x", "against", "Smaller gamma", "watcher is not running"):
         assert words in out
     status, out, _ = run("advise", "--json", "--data-dir", data)
-    assert status == 0 and json.loads(out) == said
+    assert status == 0
+    assert json.loads(out) == said
 
 
 def test_settings_that_do_not_exist_are_refused(run, monkeypatch, tmp_path):

@@ -41,6 +41,7 @@ from kernels.sampling import RowParams, draw, shape_logits
 from kernels.verify import verify_maximal
 from serving import cli
 from serving.api.controller_metrics import controller_families
+from serving.engine.control.adaptive import AdaptiveController
 from serving.engine.control.base import RoundReport, StepReport, StepShape
 from serving.engine.control.cost_model import CostModel
 from serving.engine.control.cost_table import (
@@ -335,6 +336,21 @@ def test_an_all_reject_draft_costs_at_most_three_percent(name: str, batch: int) 
     plain = fixed_rate(table, 0, batch, 0.0)
     runs = [Machine(table, controller(table, seed=seed), lambda _: 0.0, seed=seed).batch(batch) for seed in range(3)]
     assert statistics.fmean(run.run(200).rate() / plain for run in runs) >= 0.97
+    for run in runs:
+        assert isinstance(run.chooser, AdaptiveController)
+        assert run.chooser.decision.depth == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02])
+def test_probes_keep_to_their_share_of_the_time(share: float) -> None:
+    """On a draft that never pays: probes happen, cost no more than their share and half a step, and none at share 0."""
+    table = cpu_table()
+    chooser = controller(table, explore_share=share)
+    machine = Machine(table, chooser, lambda step: 0.0).batch(4).run(800)
+    allowed = share * sum(machine.seconds) + 0.5 * max(machine.seconds)
+    assert chooser.explorer.spent_s <= (allowed if share else 0.0)
+    assert (chooser.reasons["probe"] > 0) == (share > 0)
+    assert machine.rate(200) >= (1 - 1.5 * share - 0.005) * fixed_rate(table, 0, 4, 0.0)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -424,19 +440,21 @@ def test_free_matches_are_used_where_a_draft_does_not_pay() -> None:
 
 
 def test_a_request_gets_the_length_it_named() -> None:
-    """`gamma` of a request is obeyed exactly, 0 included, on, off and in what would be a window; others may differ."""
+    """`gamma` of a request is obeyed exactly, 0 included, whether speculation pays or not; windows wait for it."""
     table = gpu_table()
-    chooser = controller(table, switchback_share=0.2)
-    machine = Machine(table, chooser, lambda step: 0.0).batch(3).run(100)
-    machine.requests += [request("own", gamma=5), request("none", gamma=0), request("last", max_tokens=3, gamma=5)]
-    machine.requests[-1].tokens += [0]
-    start = machine.steps
-    machine.run(1)
-    assert machine.gammas[start][3:] == [5, 0, 1]
-    machine.requests.pop()
-    machine.run(150)
-    assert {tuple(gammas[3:]) for gammas in machine.gammas[start + 1 :]} == {(5, 0)}
-    assert not any(step.reason == "window" for step in [chooser.decision])
+    for alpha in (0.0, 0.8):
+        chooser = controller(table, switchback_share=0.2)
+        machine = Machine(table, chooser, lambda step, a=alpha: a).batch(3).run(60)
+        machine.requests += [request("own", gamma=5), request("none", gamma=0), request("last", max_tokens=3, gamma=5)]
+        machine.requests[-1].tokens += [0]
+        start = machine.steps
+        machine.run(1)
+        assert machine.gammas[start][3:] == [5, 0, 1]
+        machine.requests.pop()
+        windows = chooser.reasons["window"]
+        machine.run(300)
+        assert {tuple(gammas[3:]) for gammas in machine.gammas[start + 1 :]} == {(5, 0)}
+        assert chooser.reasons["window"] == windows
 
 
 def test_reading_a_backlog_is_charged() -> None:
@@ -595,6 +613,7 @@ def test_speculation_that_loses_is_bypassed_and_tried_again() -> None:
     assert chooser.switchback.bypass.active
     plain = fixed_rate(table, 0, 8, 0.6)
     assert machine.rate(-1000, -50) < 0.75 * plain
+    assert chooser.switchback.estimate() is None, "the next try would be judged by the one before"
     held = chooser.switchback.bypass.steps_left
     start = machine.steps
     machine.run(held)

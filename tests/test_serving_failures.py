@@ -22,7 +22,7 @@ from processes import short_folder
 from tiny_pair import write_pair
 
 MODEL = "tiny-target"
-LEFT = {"draftsmith.db", "logs", "valkey"}  # what a stopped deployment consists of
+LEFT = {"draftsmith.db", "logs", "valkey", "vocabularies"}  # what a stopped deployment consists of
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ PACE: dict[str, dict[str, Any]] = {
         "drift_expected_requests_per_s": 0.5,
         "retrain_cooldown_s": 3600.0,  # one training is shown; the roll back must not start another
     },
+    "engine": {"controller": "fixed"},  # it shows learning: every request is drafted for, worth it or not
     "distill": {"min_requests": 80, "max_seconds": 120.0, "epochs": 10.0},
 }
 

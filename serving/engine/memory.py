@@ -115,11 +115,11 @@ def measure_pair(pair: Pair, engine: EngineSettings, *, draft_dtype: torch.dtype
         return Sizes(weights, 0, 0, logits, target_kv, 0)
     draft = _empty_draft(pair, draft_dtype)
     linear = sum(rows * columns for rows, columns in pair.lora_shapes.values()) * draft_dtype.itemsize
-    copies = 2 if packs and can_pack(draft_dtype) else 1
+    halves = 5 if packs and can_pack(draft_dtype) else 2  # plain, packed, and half as much again in int8
     borrowed = _borrowed_bytes(pair, draft, same_dtype=draft_dtype == dtype)
     return Sizes(
         target_weights=weights, draft_weights=_bytes(draft, packs) - borrowed,
-        draft_slots=linear + _MERGED_SLOTS * copies * linear,  # the pristine weights they are merged from, too
+        draft_slots=linear + _MERGED_SLOTS * halves * linear // 2,  # the pristine weights they are merged from, too
         logits=logits, target_kv=target_kv, draft_kv=KVPool.bytes_per_token(draft.config, draft_dtype),
     )  # fmt: skip
 

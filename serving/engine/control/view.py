@@ -103,7 +103,7 @@ class StepView:
 
 def own_choice(request: Sequence, offers: dict[str, Offer]) -> Choice:
     """Return what a request that named its own draft length gets: the draft model, or the longest match."""
-    gamma = request.gamma_limit(request.gamma or 0)
+    gamma = request.gamma or 0  # offers are cut to what max_tokens can still use
     if not gamma or not offers:
         return PLAIN
     name = DRAFT if DRAFT in offers else max(offers, key=lambda item: offers[item].num_tokens)
