@@ -60,9 +60,7 @@ def _promises(result: dict[str, Any]) -> str:
             lines.append(f"| {words} | ≥ {least:g} | not measured | |")
             continue
         about = f"`{item['workload']}`, batch {item['batch']}, widened {item['widen']}x, against {item['against']}"
-        lines.append(
-            f"| {words} | ≥ {least:g} | {item['ratio']:.2f} [{item['low']:.2f}, {item['high']:.2f}] | {about} |"
-        )
+        lines.append(f"| {words} | ≥ {least:g} | {item['ratio']:.2f} {_range(item)} | {about} |")
     return "\n".join(lines) + "\n"
 
 
@@ -157,5 +155,11 @@ def _where(result: dict[str, Any]) -> str:
 
 
 def _speed(row: dict[str, Any]) -> str:
+    if row["repeats"] == 1:
+        return f"{row['tokens_per_s']:.1f}"
     half = row["tokens_per_s"] * row["repeat_spread"] / 2
     return f"{row['tokens_per_s']:.1f} ± {half:.1f}"
+
+
+def _range(item: dict[str, Any]) -> str:
+    return "(one repeat)" if item["repeats"] == 1 else f"[{item['low']:.2f}, {item['high']:.2f}]"
