@@ -245,8 +245,13 @@ def test_the_official_client_reads_whole_and_streamed_answers(served: Deployment
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
         assert streamed == whole.choices[0].message.content
         assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
-        assert chunks[-1].usage == whole.usage
-        assert whole.usage.completion_tokens <= 24
+        usage = chunks[-1].usage
+        assert (usage.prompt_tokens, usage.completion_tokens) == (
+            whole.usage.prompt_tokens, whole.usage.completion_tokens
+        )  # fmt: skip
+        assert usage.completion_tokens <= 24
+        assert usage.prompt_tokens_details.cached_tokens % 16 == 0  # whole blocks
+        assert 0 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens  # the same prompt came before
         off = client.chat.completions.create(**ask, extra_body={"speculative": {"enabled": False}})
         assert off.choices[0].message.content == streamed
 
@@ -255,5 +260,8 @@ def test_the_official_client_reads_whole_and_streamed_answers(served: Deployment
             model=MODEL, prompt="Once upon a time", max_tokens=16, temperature=0, stream=True
         )
         assert "".join(part.choices[0].text for part in parts if part.choices) == plain.choices[0].text
-        with pytest.raises(openai.BadRequestError, match="'n' is not supported"):
-            client.chat.completions.create(**ask, n=2)
+        two = client.chat.completions.create(**ask, n=2)
+        assert [choice.index for choice in two.choices] == [0, 1]
+        assert two.choices[0].message.content == streamed
+        with pytest.raises(openai.BadRequestError, match="'suffix' is not supported"):
+            client.completions.create(model=MODEL, prompt="Once", max_tokens=2, suffix="end")
