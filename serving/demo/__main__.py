@@ -65,7 +65,8 @@ def run(service: Service, words: Console, result: dict[str, Any]) -> int:
     with log.open("a") as file, Progress(words) as progress:
         structlog.configure(logger_factory=structlog.WriteLoggerFactory(file=file))
         for name, change in result["settings"].items():
-            progress.note(f"{name} = {change['demo']:g} for this demonstration (default {change['default']:g})")
+            mine, usual = _shown(change["demo"]), _shown(change["default"])
+            progress.note(f"{name} = {mine} for this demonstration (default {usual})")
         demo = Demo(service, progress, result)
         try:
             asyncio.run(_play(demo))
@@ -100,6 +101,10 @@ def empty_result() -> dict[str, Any]:
         "requests": {"sent": 0, "failed": 0, "truncated": 0}, "log": None, "training": None,
         "marks": {}, "timeline": None, "failed": None, "settings": {}, **surroundings(), "wall_seconds": None,
     }  # fmt: skip
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
