@@ -173,7 +173,7 @@ class StreamReader:
                 self._group, self._consumer, {self._stream: ">"}, count=count, block=block_ms
             )
         except redis.ResponseError as error:
-            if "NOGROUP" not in str(error):
+            if not _lost(error):
                 raise
             self._create_group()
             return self.read(count, block_ms)
@@ -186,7 +186,7 @@ class StreamReader:
                 self._stream, self._group, self._consumer, min_idle_time=min_idle_ms, count=count
             )
         except redis.ResponseError as error:
-            if "NOGROUP" not in str(error):
+            if not _lost(error):
                 raise
             self._create_group()
             return []
@@ -206,6 +206,11 @@ class StreamReader:
     def _create_group(self) -> None:
         with contextlib.suppress(redis.ResponseError):  # BUSYGROUP: another consumer was faster
             self._client.xgroup_create(self._stream, self._group, id="0", mkstream=True)
+
+
+def _lost(error: redis.ResponseError) -> bool:
+    """Whether the group is gone, or the stream with it, also while the server held the call."""
+    return str(error).startswith(("NOGROUP", "UNBLOCKED"))
 
 
 def _pairs(reply: object) -> list[tuple[bytes, list[object]]]:
