@@ -90,7 +90,9 @@ def _results(run: dict[str, Any]) -> str:
         f"takes {run['rollback_s']:.2f} s; training took {run['training']['seconds']:.0f} s beside serving. "
         f"{machine['cpu']}, {machine['cores']} cores, no GPU,\nfloat32, torch {run['versions']['torch']}, "
         f"commit {run['commit'][:7]}; "
-        "all figures in [bench/results/demo.json](bench/results/demo.json)."
+        "all figures in [bench/results/demo.json](bench/results/demo.json).\n"
+        "To show learning it drafts two tokens for every request, worth it or not; the server's own controller drafts\n"
+        "where it pays ([docs/benchmarks.md](docs/benchmarks.md))."
     )
     return "\n".join(rows) + "\n"
 
