@@ -17,13 +17,9 @@ from adapter.tables import windows
 _Z95 = 1.959963984540054
 
 
-class Window(msgspec.Struct, frozen=True, kw_only=True):
-    """One window of one segment and version. `version` None is traffic without speculation."""
+class Tally(msgspec.Struct, kw_only=True):
+    """Counts and sums of one segment and version, while they are added up."""
 
-    at_s: float
-    seconds: float
-    segment: str
-    version: int | None
     requests: int = 0
     rounds: int = 0
     drafted: int = 0
@@ -33,6 +29,15 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     acceptance_sum: float = 0.0
     acceptance_sum_squares: float = 0.0
     judged_requests: int = 0
+
+
+class Window(Tally, frozen=True, kw_only=True):  # type: ignore[misc]  # msgspec can freeze a subclass alone
+    """One window of one segment and version. `version` None is traffic without speculation."""
+
+    at_s: float
+    seconds: float
+    segment: str
+    version: int | None
 
 
 class Acceptance(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from sqlalchemy import Engine, delete, insert, select
 
 from adapter.tables import facts
 
+STARTING = "starting"  # there while an engine loads: the pair in PAIR may be an earlier start's
 PAIR = "pair"  # written by the engine: target path, dtype, fingerprints, draft layers
 SERVING = "serving"  # written by the API process: its URL and pid
 DRIFT = "drift"  # written by the watcher: detector state per segment
@@ -32,6 +33,11 @@ class Facts:
         with self._engine.begin() as connection:
             connection.execute(delete(facts).where(facts.c.name == name))
             connection.execute(insert(facts).values(name=name, value=value, at_s=self._clock()))
+
+    def drop(self, name: str) -> None:
+        """Remove the document `name`, if it is there."""
+        with self._engine.begin() as connection:
+            connection.execute(delete(facts).where(facts.c.name == name))
 
     def get(self, name: str) -> dict[str, Any] | None:
         """Return the document `name`, or None when nobody wrote it yet."""

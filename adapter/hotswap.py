@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from adapter import artifacts
 from adapter.contracts import FLOOR_VERSION, ArtifactError, RegistryError
+from adapter.following import Follower, forbid
 from adapter.lora import base_weights, load_factors, merge
 from adapter.pairs import Pair, expected_tensors
 from adapter.registry import Registry
@@ -29,7 +30,7 @@ from adapter.versions import Live
 
 log = structlog.get_logger(__name__)
 
-ACTOR = "engine"
+MERGED_SLOTS = 3  # live, previous, and the one being written or, until the next round, just dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,8 @@ class DraftSlots:
     """Resident drafts by version: the base draft and up to three merged ones, at fixed addresses.
 
     Slots share embedding, head and norms; only the linear layers a version may change are their own.
-    `finish` is run on a slot after its weights were written, before it is served.
+    `finish` is run on a slot after its weights were written, before it is served.  A version that is
+    dropped may still be drafting: its slot is written again only after `reclaim`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class DraftSlots:
         self._pristine = base_weights(base_model, self._modules)
         self._resident: dict[int, Any] = {FLOOR_VERSION: base_model}
         self._spare: list[Any] = []
+        self._retired: list[Any] = []  # dropped, and perhaps in use until the loop's next round
         self._base = base_model
 
     def get(self, version: int) -> Any | None:
@@ -71,8 +74,15 @@ class DraftSlots:
         """Versions that can be served at once."""
         return sorted(self._resident)
 
-    def load(self, version: int, artifact_sha256: str, root: Path) -> Any:
-        """Check an artifact, merge it into a spare slot and return the model.
+    @property
+    def can_load(self) -> bool:
+        """Whether there is a slot that nobody can be drafting with, or room for another one."""
+        return bool(self._spare) or len(self._resident) - 1 + len(self._retired) < MERGED_SLOTS
+
+    def load(
+        self, version: int, artifact_sha256: str, root: Path, check: Callable[[Any], None] = lambda model: None
+    ) -> Any:
+        """Check an artifact, merge it into a spare slot, let `check` try the model and return it.
 
         Raises:
             ArtifactError: the artifact must not be loaded.
@@ -86,6 +96,7 @@ class DraftSlots:
         try:
             merge(slot, self._pristine, load_factors(path), manifest.scale, max_norm_ratio=self._max_norm_ratio)
             self._finish(slot)
+            check(slot)
         except BaseException:
             self._spare.append(slot)
             raise
@@ -93,9 +104,14 @@ class DraftSlots:
         return slot
 
     def keep_only(self, versions: set[int]) -> None:
-        """Turn the slots of all other versions into spare ones; the base draft always stays."""
+        """Drop all other versions; the base draft always stays."""
         for version in [item for item in self._resident if item not in versions | {FLOOR_VERSION}]:
-            self._spare.append(self._resident.pop(version))
+            self._retired.append(self._resident.pop(version))
+
+    def reclaim(self) -> None:
+        """Turn the slots of dropped versions into spare ones.  Called between two rounds, when none is in use."""
+        self._spare += self._retired
+        self._retired = []
 
     def _new_slot(self) -> Any:
         own = {id(self._base.get_submodule(name).weight) for name in self._modules}
@@ -103,7 +119,7 @@ class DraftSlots:
         return copy.deepcopy(self._base, shared)
 
 
-class HotSwap:
+class HotSwap(Follower[Any]):
     """Keep the draft in force equal to the registry's live alias.
 
     Args:
@@ -124,6 +140,7 @@ class HotSwap:
         companion: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        super().__init__(FLOOR_VERSION, slots.get(FLOOR_VERSION), generation=0)
         self._registry = registry
         self._slots = slots
         self._root = artifacts_dir
@@ -131,18 +148,25 @@ class HotSwap:
         self._check = check
         self._companion = companion
         self._clock = clock
-        self._ready: tuple[int, int, Any] | None = None
-        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
-        self.version = FLOOR_VERSION
         self.previous: int | None = None
-        self.generation = 0
-        self.model = slots.get(FLOOR_VERSION)
         self.last: SwapReceipt | None = None
         self.registry_up = True
+        self._choosable: dict[int, Any] = {FLOOR_VERSION: slots.get(FLOOR_VERSION)}  # the same all through a round
+        self._refused: tuple[int, str] | None = None
         self._back_at: int | None = None  # an older generation the registry showed, said once
+
+    @property
+    def version(self) -> int:
+        """The version in force."""
+        return self._in_force[1]
+
+    @property
+    def model(self) -> Any:
+        """Its model."""
+        return self._in_force[2]
 
     def start(self) -> None:
         """Bring the live version in before the first round, then follow in a thread."""
@@ -159,8 +183,11 @@ class HotSwap:
             self._thread.join(5)
 
     def resident(self, version: int) -> Any | None:
-        """Return the model of a version a request may be pinned to: floor, live or previous."""
-        return self._slots.get(version) if version in (FLOOR_VERSION, self.version, self.previous) else None
+        """Return the model of a version a request may be pinned to: floor, live or previous.
+
+        The answer changes in `poll` alone, so a round that asks twice hears the same.
+        """
+        return self._choosable.get(version)
 
     def wake(self) -> None:
         """Look at the registry now instead of at the next poll."""
@@ -168,16 +195,15 @@ class HotSwap:
 
     def poll(self) -> SwapReceipt | None:
         """Flip to the version that is ready, if any.  Called between two rounds; moves references only."""
-        if self._ready is None:
+        flipped = self._flip()
+        with self._lock:  # nobody drafts now, so what was dropped until here is in nobody's hands
+            self._slots.reclaim()
+            versions = {FLOOR_VERSION, self.version} | (set() if self.previous is None else {self.previous})
+            found = {version: self._slots.get(version) for version in versions}
+        self._choosable = {version: model for version, model in found.items() if model is not None}
+        if flipped is None:
             return None
-        begin = time.perf_counter()
-        with self._lock:
-            if self._ready is None:
-                return None
-            generation, version, model = self._ready
-            self._ready = None
-            replaced, self.version, self.model, self.generation = self.version, version, model, generation
-        pause_ms = (time.perf_counter() - begin) * 1e3
+        (generation, version, _), (replaced, pause_ms) = self._in_force, flipped
         self.last = SwapReceipt(version, replaced, generation, pause_ms, self._clock())
         log.info(
             "draft_swapped", version=version, replaced=replaced, generation=generation, pause_ms=round(pause_ms, 3)
@@ -199,7 +225,7 @@ class HotSwap:
                 log.error("registry_went_back", generation=wanted.generation, serving=self.generation)
             self._back_at = wanted.generation
             return
-        if wanted.generation == self.generation or self._prepared() == wanted.generation:
+        if self._prepared() == wanted.generation or wanted.generation == self.generation:
             return
         self._prepare(wanted)
 
@@ -209,6 +235,8 @@ class HotSwap:
             if self._ready is not None:
                 keep.add(self._ready[1])
             self._slots.keep_only(keep)
+            if self._slots.get(wanted.live) is None and not self._slots.can_load:
+                return  # until the loop has begun another round; the next look at the registry tries again
         try:
             model = self._resident_or_load(wanted.live, wanted.artifacts[wanted.live])
         except ArtifactError as error:
@@ -225,12 +253,7 @@ class HotSwap:
             if sha256 is None:
                 raise ArtifactError(f"version {version} has no artifact")
             begin = time.perf_counter()
-            model = self._slots.load(version, sha256, self._root)
-            try:
-                self._check(model)
-            except ArtifactError:
-                self._slots.keep_only(set(self._slots.versions) - {version})
-                raise
+            model = self._slots.load(version, sha256, self._root, self._check)
             log.info("draft_loaded", version=version, seconds=round(time.perf_counter() - begin, 3))
         return model
 
@@ -238,21 +261,20 @@ class HotSwap:
         """Have the previous version resident too, so that going back needs no disk."""
         if wanted.previous is None or self._slots.get(wanted.previous) is not None:
             return
+        if not self._slots.can_load:
+            log.warning("previous_not_resident", version=wanted.previous, error="all slots are in use")
+            return
         try:
             self._resident_or_load(wanted.previous, wanted.artifacts[wanted.previous])
         except ArtifactError as error:
             log.warning("previous_not_resident", version=wanted.previous, error=str(error))
 
     def _refuse(self, version: int, error: ArtifactError) -> None:
-        log.error("draft_refused", version=version, reason=str(error))
-        try:
-            self._registry.quarantine(version, actor=ACTOR, reason=str(error), automatic=True)
-        except (SQLAlchemyError, RegistryError) as failure:
-            log.warning("quarantine_not_written", version=version, error=str(failure))
-
-    def _prepared(self) -> int | None:
-        with self._lock:
-            return None if self._ready is None else self._ready[0]
+        again = self._refused == (version, str(error))  # a quarantine that cannot be written is tried at every poll
+        self._refused = (version, str(error))
+        if not again:
+            log.error("draft_refused", version=version, reason=str(error))
+        forbid(self._registry, version, str(error), quiet=again)
 
     def _run(self) -> None:
         while not self._stop.is_set():

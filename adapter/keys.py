@@ -2,9 +2,9 @@
 
 | key | type | bound | writer | reader |
 |---|---|---|---|---|
-| draftsmith:blocks | stream | maxlen about `log.stream_max_entries` | engine | trainer |
+| draftsmith:blocks | stream | about `log.stream_max_entries`, or `log.stream_max_bytes` | engine | trainer |
 | draftsmith:blocks:dead | stream | maxlen 1000 | trainer | a person |
-| draftsmith:outcomes | stream | maxlen about `log.stream_max_entries` | engine | watcher |
+| draftsmith:outcomes | stream | about `log.stream_max_entries`, or `log.stream_max_bytes` | engine | watcher |
 | draftsmith:hint | pub/sub channel | – | registry writers | engine |
 | draftsmith:celery:* | Celery's own | task arguments are ids | watcher, CLI | worker |
 """

@@ -49,7 +49,7 @@ def prepare_pair(settings: Settings) -> Pair:
     kind, draft_path, base = find_draft(choice, settings.target, target_path, fingerprint)
     shapes = _lora_shapes(target_path if kind == "pruned" else draft_path, draft_path, kind)
     return Pair(
-        target_name=settings.target if settings.target == DEFAULT_TARGET else target_path.name,
+        target_name=_own_name(settings.target),
         target_path=str(target_path), target_fingerprint=fingerprint, dtype=settings.dtype,
         draft_kind=kind,  # type: ignore[arg-type]
         draft_path=None if draft_path is None else str(draft_path), base_fingerprint=base, lora_shapes=shapes,
@@ -77,6 +77,15 @@ def find_model(name: str, cache_dir: Path) -> Path:
             f"model {name!r} is neither a folder here, nor the default {DEFAULT_TARGET!r}, nor reachable as a "
             f"Hugging Face name ({type(error).__name__})"
         ) from None
+
+
+def _own_name(target: str) -> str:
+    """Return what a target is called where nothing else is said: a folder's last part, or the name it was given by.
+
+    A hub name's own folder is called by its commit, which says nothing to anybody.
+    """
+    local = target != DEFAULT_TARGET and Path(target).is_dir()
+    return Path(target).resolve().name if local else target
 
 
 def load_target(pair: Pair) -> Any:

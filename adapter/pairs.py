@@ -16,7 +16,7 @@ import msgspec
 
 from adapter.artifacts import file_sha256
 from adapter.contracts import SettingsError
-from adapter.facts import PAIR, Facts
+from adapter.facts import PAIR, STARTING, Facts
 
 SHIPPED = Path(__file__).parent / "data"
 DRAFT_TENSORS = "draft.safetensors"
@@ -65,6 +65,11 @@ def pair_from_facts(facts: Facts) -> Pair | None:
     """Return the pair the engine said it serves, or None before its first start."""
     value = facts.get(PAIR)
     return None if value is None else msgspec.convert(value, Pair)
+
+
+def loaded_pair(facts: Facts) -> Pair | None:
+    """Return the pair of the engine that runs, or None while it loads: what SQL names then may be gone."""
+    return None if facts.get(STARTING) is not None else pair_from_facts(facts)
 
 
 def expected_tensors(pair: Pair, rank: int) -> dict[str, tuple[int, ...]]:
@@ -149,7 +154,7 @@ def find_draft(
             raise SettingsError(
                 f"no draft is shipped for target {target_name!r}. Make one with "
                 f"`draftsmith bootstrap --target {target_path} --out DIR` and pass `--draft DIR`, name a smaller model "
-                "of the same family with `--draft`, or serve without speculation with `--draft none`"
+                "of the same family with `--draft`, or serve without a draft model with `--draft none`"
             )
     else:
         folder = Path(choice)

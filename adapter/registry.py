@@ -1,56 +1,37 @@
 """The registry of draft versions: immutable rows, two aliases that move, one audit row a move.
 
-Every method is one transaction.  A mover may say which generation it looked at; when somebody
-moved first it gets a `ConflictError` that names who.  Reads never take the write lock.
+Version 0 is the base draft.  How the aliases move is in `adapter.aliases`.  Reads never take the write lock.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Engine, insert, select, update
+from sqlalchemy import Connection, insert, select
 
 from adapter import tables
-from adapter.contracts import FLOOR_VERSION, ConflictError, RegistryError
+from adapter.aliases import AliasRegistry, Cause
+from adapter.contracts import FLOOR_VERSION, RegistryError
 from adapter.versions import AuditEntry, Draft, Live
 
-_SCOPE = "global"
 
+class Registry(AliasRegistry[Live]):
+    """Versions, aliases and their history in SQL.  `live` and a move need `install_base` first."""
 
-class Registry:
-    """Versions, aliases and their history in SQL.
-
-    Args:
-        engine: an open, migrated database.
-        clock: epoch seconds.
-        announce: called with the new generation after a move commits; a hint, may do nothing.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        clock: Callable[[], float] = time.time,
-        announce: Callable[[int], None] = lambda generation: None,
-    ) -> None:
-        self._engine = engine
-        self._read = engine.execution_options(readonly=True)
-        self._clock = clock
-        self._announce = announce
+    noun = "version"
+    _scope = "global"
+    _rows = tables.drafts
+    _aliases = tables.aliases
+    _number = "version"
+    _verbs = ""
+    _counter = "generation"
+    _destination = "to version"
+    _at_the_floor = "the base draft is live and there is no earlier version to roll back to"
+    _floor_stays = "version 0 is the base draft and cannot be quarantined; switch speculation off instead"
 
     # -- reading -----------------------------------------------------------------------------
-
-    def live(self) -> Live:
-        """Return where the aliases point now.
-
-        Raises:
-            RegistryError: no base draft was ever installed here.
-        """
-        with self._read.begin() as connection:
-            return self._live(connection)
 
     def draft(self, version: int) -> Draft:
         """Return one version.
@@ -106,9 +87,9 @@ class Registry:
                         created_by=actor,
                     ),
                 )
-                connection.execute(insert(tables.generation).values(scope=_SCOPE, value=1))
-                connection.execute(insert(tables.aliases).values(name="live", version=FLOOR_VERSION))
-                self._note(connection, actor, True, "install", None, FLOOR_VERSION, 1, "base draft", {})
+                self._point(connection, 1, live=FLOOR_VERSION)
+                cause = Cause(actor=actor, reason="base draft", automatic=True)
+                self._note(connection, "install", None, FLOOR_VERSION, 1, cause)
             elif (row["target_fingerprint"], row["base_fingerprint"]) != (target_fingerprint, base_fingerprint):
                 raise RegistryError(
                     "this data folder belongs to another pair: "
@@ -162,107 +143,20 @@ class Registry:
             )
             self._insert(connection, draft)
             generation = self._live(connection).generation
-            self._note(connection, actor, True, "publish", parent, draft.version, generation, reason, gate)
+            cause = Cause(actor=actor, reason=reason, automatic=True, evidence=gate)
+            self._note(connection, "publish", parent, draft.version, generation, cause)
             return draft
-
-    def promote(
-        self,
-        version: int,
-        *,
-        actor: str,
-        reason: str,
-        automatic: bool = False,
-        expected_generation: int | None = None,
-        evidence: dict[str, Any] | None = None,
-    ) -> Live:
-        """Make `version` live; what was live becomes previous.
-
-        Raises:
-            RegistryError: unknown, quarantined, rejected or already live.
-            ConflictError: the generation is not `expected_generation`.
-        """
-        with self._engine.begin() as connection:
-            before = self._expect(connection, expected_generation)
-            draft = self._draft(connection, version)
-            if version == before.live:
-                raise RegistryError(f"version {version} is live already")
-            if draft.state != "ready":
-                raise RegistryError(f"version {version} is {draft.state} and cannot be promoted; only 'ready' ones can")
-            after = self._move(connection, before, version, "promote", actor, automatic, reason, evidence)
-        self._announce(after.generation)
-        return after
-
-    def roll_back(
-        self,
-        *,
-        actor: str,
-        reason: str,
-        automatic: bool = False,
-        expected_generation: int | None = None,
-        evidence: dict[str, Any] | None = None,
-    ) -> Live:
-        """Make the previous version live again; to the base draft when there is no previous one.
-
-        Raises:
-            RegistryError: the base draft is live and nothing lies below it.
-            ConflictError: the generation is not `expected_generation`.
-        """
-        with self._engine.begin() as connection:
-            before = self._expect(connection, expected_generation)
-            to = before.previous
-            if to is None or self._draft(connection, to).state != "ready":
-                to = FLOOR_VERSION
-            if to == before.live:
-                raise RegistryError("the base draft is live and there is no earlier version to roll back to")
-            after = self._move(connection, before, to, "roll_back", actor, automatic, reason, evidence)
-        self._announce(after.generation)
-        return after
-
-    def quarantine(
-        self, version: int, *, actor: str, reason: str, automatic: bool = False, evidence: dict[str, Any] | None = None
-    ) -> Live:
-        """Forbid a version for good.  A live one is left first: to previous, or to the base draft.
-
-        Quarantining twice changes nothing and writes no second audit row.
-
-        Raises:
-            RegistryError: unknown, or the base draft.
-        """
-        if version == FLOOR_VERSION:
-            raise RegistryError("version 0 is the base draft and cannot be quarantined; switch speculation off instead")
-        with self._engine.begin() as connection:
-            before = self._live(connection, lock=True)
-            if self._draft(connection, version).state == "quarantined":
-                return before
-            connection.execute(
-                update(tables.drafts).where(tables.drafts.c.version == version).values(state="quarantined")
-            )
-            self._note(
-                connection, actor, automatic, "quarantine", version, None, before.generation, reason, evidence or {}
-            )
-            after = before
-            if version == before.live:
-                to = before.previous if before.previous not in (None, version) else FLOOR_VERSION
-                if self._draft(connection, to).state != "ready":
-                    to = FLOOR_VERSION
-                why = f"version {version} was quarantined: {reason}"
-                after = self._move(connection, before, to, "roll_back", actor, automatic, why, evidence)
-        if after.generation != before.generation:
-            self._announce(after.generation)
-        return after
 
     # -- inside one transaction --------------------------------------------------------------
 
-    def _live(self, connection: Connection, lock: bool = False) -> Live:
-        if lock:  # a row lock where the database has them; SQLite holds its write lock already
-            connection.execute(select(tables.generation.c.value).with_for_update()).all()
+    def _live(self, connection: Connection) -> Live:
         rows = connection.execute(
             select(tables.aliases.c.name, tables.drafts.c.version, tables.drafts.c.artifact_sha256).join(
                 tables.drafts, tables.drafts.c.version == tables.aliases.c.version
             )
         ).all()
         value = connection.execute(
-            select(tables.generation.c.value).where(tables.generation.c.scope == _SCOPE)
+            select(tables.generation.c.value).where(tables.generation.c.scope == self._scope)
         ).scalar_one_or_none()
         named = {row.name: row.version for row in rows}
         if value is None or "live" not in named:
@@ -284,76 +178,8 @@ class Registry:
             raise RegistryError(f"there is no draft version {version}; known versions: {listed}")
         return Draft(**row)
 
-    def _expect(self, connection: Connection, expected: int | None) -> Live:
-        live = self._live(connection, lock=True)
-        if expected is not None and expected != live.generation:
-            last = (
-                connection.execute(
-                    select(tables.audit)
-                    .where(tables.audit.c.generation == live.generation, ~tables.audit.c.verb.startswith("vocab_"))
-                    .order_by(tables.audit.c.id)
-                    .limit(1)
-                )
-                .mappings()
-                .first()
-            )
-            what = (
-                f"{last['actor']} did '{last['verb']}' to version {last['to_version']}" if last else "somebody moved it"
-            )
-            raise ConflictError(
-                f"generation is {live.generation}, you looked at {expected}: {what} meanwhile. Look again and repeat"
-            )
-        return live
-
-    def _move(
-        self,
-        connection: Connection,
-        before: Live,
-        to: int,
-        verb: str,
-        actor: str,
-        automatic: bool,
-        reason: str,
-        evidence: dict[str, Any] | None,
-    ) -> Live:
-        generation = before.generation + 1
-        connection.execute(
-            update(tables.generation).where(tables.generation.c.scope == _SCOPE).values(value=generation)
-        )
-        connection.execute(update(tables.aliases).where(tables.aliases.c.name == "live").values(version=to))
-        moved = connection.execute(
-            update(tables.aliases).where(tables.aliases.c.name == "previous").values(version=before.live)
-        )
-        if not moved.rowcount:
-            connection.execute(insert(tables.aliases).values(name="previous", version=before.live))
-        self._note(connection, actor, automatic, verb, before.live, to, generation, reason, evidence or {})
-        return self._live(connection)
+    def _state(self, connection: Connection, number: int) -> str:
+        return self._draft(connection, number).state
 
     def _insert(self, connection: Connection, draft: Draft) -> None:
         connection.execute(insert(tables.drafts).values(**msgspec.structs.asdict(draft)))
-
-    def _note(
-        self,
-        connection: Connection,
-        actor: str,
-        automatic: bool,
-        verb: str,
-        from_version: int | None,
-        to_version: int | None,
-        generation: int,
-        reason: str,
-        evidence: dict[str, Any],
-    ) -> None:
-        connection.execute(
-            insert(tables.audit).values(
-                at_s=self._clock(),
-                actor=actor,
-                automatic=int(automatic),
-                verb=verb,
-                from_version=from_version,
-                to_version=to_version,
-                generation=generation,
-                reason=reason,
-                evidence=evidence,
-            )
-        )

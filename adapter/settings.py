@@ -46,7 +46,12 @@ class EngineSettings(_Section):
     gamma: int = Field(
         2, ge=0, le=16, description="tokens drafted in a round by the fixed controller, unless a request says otherwise"
     )
-    gamma_max: int = Field(8, ge=0, le=16, description="the most a request may ask for")
+    gamma_max: int = Field(
+        8,
+        ge=0,
+        le=16,
+        description="the most a round may draft, whether the adaptive controller or a request asks for it",
+    )
     coupling: Literal["gumbel", "maximal"] = Field(
         "gumbel", description="gumbel: same text with and without speculation; maximal: same law only"
     )
@@ -88,14 +93,20 @@ class EngineSettings(_Section):
     )
 
 
+MOST_CHOICES = 1024  # that a server can be set to give for one request
+
+
 class ApiSettings(_Section):
     """The HTTP front: who may ask, for how much, and how it leaves."""
 
     keys: tuple[Annotated[str, Field(min_length=8)], ...] = Field(
         (), description="keys, any of which opens the API; unset: nobody is asked for one"
     )
+    served_model_name: str | None = Field(
+        None, min_length=1, max_length=256, description="name clients ask for; unset: the target's own"
+    )
     max_body_bytes: int = Field(8 << 20, ge=1024, description="longest request body; longer ones get a 413")
-    max_choices: int = Field(64, ge=1, le=1024, description="answers one request may ask for, prompts times n")
+    max_choices: int = Field(64, ge=1, le=MOST_CHOICES, description="answers one request may ask for, prompts times n")
     drain_s: float = Field(20.0, ge=0, description="how long running requests may take to end after SIGTERM")
     spec_metrics: Literal["none", "summary"] = Field(
         "none", description="summary: every answer carries metrics.speculative_decoding, asked for or not"
@@ -110,7 +121,11 @@ class LogSettings(_Section):
     flush_tokens: int = Field(256, ge=16, description="a long request is logged every so many tokens")
     max_context_tokens: int = Field(768, ge=16, description="context tokens carried by one block")
     queue_entries: int = Field(512, ge=1, description="entries held in memory while Redis is slow or gone")
-    stream_max_entries: int = Field(20000, ge=10, description="entries kept in each Redis stream")
+    stream_max_entries: int = Field(20000, ge=10, description="entries kept in each Redis stream, at the most")
+    stream_max_bytes: int = Field(
+        192 << 20, ge=1 << 16, description="payload bytes kept in each Redis stream, about; fewer entries where they "
+        "are long. The bundled server holds 512 MB in all"
+    )  # fmt: skip
     timeout_s: float = Field(1.0, gt=0, description="how long one Redis call may take")
     retry_s: float = Field(1.0, gt=0, description="pause before a broken Redis connection is tried again")
 
@@ -171,7 +186,11 @@ class Settings(BaseSettings):
     target: str = Field(DEFAULT_TARGET, description="target model: a Hugging Face name, a path, or the default")
     draft: str = Field("auto", description="draft model: a name or path, `auto` for the shipped one, `none`")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights and arithmetic of both models")
-    host: str = Field("127.0.0.1", description="address the API and the dashboard listen on")
+    host: str = Field("127.0.0.1", description="address the API listens on")
+    dashboard_host: str = Field(
+        "127.0.0.1", description="address the dashboard listens on, whatever `host` is: it promotes and rolls back "
+        "and asks for no login"
+    )  # fmt: skip
     port: int = Field(8000, ge=0, le=65535, description="port of the API")
     dashboard_port: int = Field(8080, ge=0, le=65535, description="port of the dashboard")
     redis_url: str | None = Field(

@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 BROKEN = (redis.RedisError, OSError)
 _BATCH = 64
+_MEAN_OVER = 500  # payloads
 _Item = tuple[str, Wire | bytes]  # stream, and a record or what it was encoded to already
 
 
@@ -47,18 +48,40 @@ class PublisherStats:
     connected: bool
 
 
+class _MeanSize:
+    """The mean of the last sizes, about `_MEAN_OVER` of them."""
+
+    def __init__(self) -> None:
+        self._mean = 0.0
+        self._count = 0
+
+    def add(self, size: int) -> float:
+        """Count one size and return the mean, at least 1."""
+        self._count = min(self._count + 1, _MEAN_OVER)
+        self._mean += (size - self._mean) / self._count
+        return max(1.0, self._mean)
+
+
 class StreamPublisher:
     """Write records to streams from a thread of its own.
 
     `offer` never blocks and never raises.  When Redis fails, the batch in hand is kept and tried
     again after `retry_s`; what does not fit into `queue_entries` meanwhile is dropped, oldest first.
+
+    Each stream keeps `max_entries`, or as many as `max_bytes` of payload make at their mean length of late.
+    A server that is full all the same refuses even the XADD that would trim, so room is made by XTRIM.
     """
 
-    def __init__(self, url: str, *, queue_entries: int, max_entries: int, timeout_s: float, retry_s: float) -> None:
+    def __init__(
+        self, url: str, *, queue_entries: int, max_entries: int, timeout_s: float, retry_s: float,
+        max_bytes: int | None = None,
+    ) -> None:  # fmt: skip
         self._url = url
         self._timeout_s = timeout_s
         self._retry_s = retry_s
         self._max_entries = max_entries
+        self._max_bytes = max_bytes
+        self._sizes: dict[str, _MeanSize] = {}
         self._queue: deque[_Item] = deque(maxlen=queue_entries)
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -97,13 +120,17 @@ class StreamPublisher:
                 batch = self._encode(taken)
                 try:
                     client = client or connect(self._url, self._timeout_s)
-                    self._write(client, batch)
+                    batch = self._write(client, batch)
+                    if not batch:
+                        continue
+                    self._put_back(batch, "the server is full")
+                    self._make_room(client, {stream for stream, _ in batch})
                 except BROKEN as error:
-                    self._put_back(batch, error)
+                    self._put_back(batch, str(error))
                     client = None
-                    if self._stop.is_set():
-                        return
-                    self._stop.wait(self._retry_s)
+                if self._stop.is_set():
+                    return
+                self._stop.wait(self._retry_s)
             if self._stop.is_set():
                 return
 
@@ -123,18 +150,44 @@ class StreamPublisher:
                 log.error("log_record_unwritable", stream=stream, error=repr(error))
         return ready
 
-    def _write(self, client: redis.Redis, batch: list[tuple[str, bytes]]) -> None:
+    def _write(self, client: redis.Redis, batch: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        """Write a batch; return what a full server refused of it."""
         pipe = client.pipeline(transaction=False)
         for stream, payload in batch:
-            pipe.xadd(stream, {keys.PAYLOAD_FIELD: payload}, maxlen=self._max_entries, approximate=True)
-        pipe.execute()
+            maxlen = self._entries_of(stream, len(payload))
+            pipe.xadd(stream, {keys.PAYLOAD_FIELD: payload}, maxlen=maxlen, approximate=True)
+        refused = []
+        for item, reply in zip(batch, pipe.execute(raise_on_error=False), strict=True):
+            if isinstance(reply, redis.exceptions.OutOfMemoryError):
+                refused.append(item)
+            elif isinstance(reply, Exception):
+                raise reply
         with self._lock:
-            self._written += len(batch)
+            self._written += len(batch) - len(refused)
+            if refused:
+                return refused
             if not self._connected:
                 log.info("log_connected", written=self._written, dropped=self._dropped)
             self._connected = True
+        return []
 
-    def _put_back(self, batch: list[tuple[str, bytes]], error: Exception) -> None:
+    def _entries_of(self, stream: str, size: int) -> int:
+        """Count a payload into the stream's mean length; return how many entries the stream may hold."""
+        mean = self._sizes.setdefault(stream, _MeanSize()).add(size)
+        by_bytes = self._max_entries if self._max_bytes is None else int(self._max_bytes / mean)
+        return max(1, min(self._max_entries, by_bytes))
+
+    def _make_room(self, client: redis.Redis, streams: set[str]) -> None:
+        """Drop the older half of the blocks, by far the longest entries; of the other streams once none are left."""
+        with contextlib.suppress(*BROKEN):
+            for stream in (keys.BLOCKS, *sorted(streams - {keys.BLOCKS})):
+                held = int(client.xlen(stream))
+                if held:
+                    client.xtrim(stream, maxlen=held // 2, approximate=False)
+                    log.warning("log_server_full", stream=stream, held=held, kept=held // 2)
+                    return
+
+    def _put_back(self, batch: list[tuple[str, bytes]], error: str) -> None:
         """Return a failed batch to the front as far as there is room; a part may be written twice."""
         with self._lock:
             room = (self._queue.maxlen or 0) - len(self._queue)
@@ -142,7 +195,7 @@ class StreamPublisher:
             self._dropped += len(batch) - len(kept)
             self._queue.extendleft(reversed(kept))
             if self._connected:
-                log.warning("log_disconnected", error=str(error))
+                log.warning("log_disconnected", error=error)
             self._connected = False
 
 
@@ -169,14 +222,12 @@ class StreamReader:
     def read(self, count: int, block_ms: int | None = None) -> list[Entry]:
         """Return new entries for this group; they stay pending until `ack`."""
         try:
-            reply = self._client.xreadgroup(
-                self._group, self._consumer, {self._stream: ">"}, count=count, block=block_ms
-            )
+            reply = self._read(count, block_ms)
         except redis.ResponseError as error:
             if not _lost(error):
                 raise
             self._create_group()
-            return self.read(count, block_ms)
+            reply = self._read(count, block_ms)
         return [entry for _, items in _pairs(reply) for entry in _entries(items)]
 
     def claim(self, min_idle_ms: int, count: int) -> list[Entry]:
@@ -203,9 +254,15 @@ class StreamReader:
         self._client.xadd(dead_stream, fields, maxlen=1000, approximate=True)
         self.ack([entry])
 
+    def _read(self, count: int, block_ms: int | None) -> object:
+        return self._client.xreadgroup(self._group, self._consumer, {self._stream: ">"}, count=count, block=block_ms)
+
     def _create_group(self) -> None:
-        with contextlib.suppress(redis.ResponseError):  # BUSYGROUP: another consumer was faster
+        try:
             self._client.xgroup_create(self._stream, self._group, id="0", mkstream=True)
+        except redis.ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):  # another consumer was faster
+                raise
 
 
 def _lost(error: redis.ResponseError) -> bool:

@@ -25,12 +25,17 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
     created_by: str
 
 
-class Live(msgspec.Struct, frozen=True, kw_only=True):
+class Aliases(msgspec.Struct, frozen=True, kw_only=True):
     """Where the aliases point. `generation` rises with every move."""
 
     generation: int
     live: int
     previous: int | None
+
+
+class Live(Aliases, frozen=True, kw_only=True):
+    """Which versions the aliases point at."""
+
     artifacts: dict[int, str | None]  # version -> artifact hash, for live and previous
 
 

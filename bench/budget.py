@@ -1,7 +1,8 @@
 """Run groups of measurements in turn, over and over, within a time that was given.
 
 Cells of a group follow each other in every repeat, in an order that rotates, so that a slow minute of the
-machine hits all that will be compared and none is always first.  Called by `bench.engine`.
+machine hits all that will be compared and none is always first.  After the first repeats only those go on
+that a promise still depends on: an arm far behind needs no third decimal.  Called by `bench.engine`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.driver import Window
-from bench.rows import Key, Row
+from bench.rows import Key, Row, contenders
+
+_EVERYBODY = 2  # repeats that every cell takes part in
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +47,27 @@ class Budget:
         return now + left * self.weights[phase] / open_weights
 
     def run(self, phase: str, groups: list[list[Cell]], repeats: int, until_s: float) -> list[Row]:
-        """Run every cell `repeats` times, or as often as the time allows, but once at least."""
+        """Run the cells `repeats` times, or as often as the time allows, but once at least.
+
+        All of them take part in the first two repeats, and in later ones those that may be a group's best.
+        """
         rows = {cell.key: Row(cell.key) for group in groups for cell in group}
         done, longest = 0, 0.0
         begin_s = self.clock()
         while done < repeats and (not done or self.clock() + longest <= until_s):
             round_s = self.clock()
-            for number, group in enumerate(groups):
+            for number, whole in enumerate(groups):
+                group = whole
+                if done >= _EVERYBODY:
+                    going_on = contenders([rows[cell.key] for cell in whole])
+                    group = [cell for cell in whole if cell.key in going_on]
                 turn = (done + number) % len(group)
                 for cell in group[turn:] + group[:turn]:
                     rows[cell.key].windows.append(cell.run(done))
                 where = f"repeat {done + 1} of {repeats}, group {number + 1} of {len(groups)}"
                 self.say(f"{phase}: {where}, {self.clock() - begin_s:.0f} s")
             done += 1
-            longest = max(longest, self.clock() - round_s)
+            longest = self.clock() - round_s
         self.phases[phase] = {"repeats": done, "seconds": round(self.clock() - begin_s, 1)}
         if done < repeats:
             self.phases[phase]["reduced"] = (

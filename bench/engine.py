@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import logging
 import sys
 import tempfile
 import time
@@ -20,18 +18,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
-from adapter.contracts import DraftsmithError
-from adapter.logs import configure_logging
 from adapter.models import prepare_pair
 from adapter.pairs import Pair
 from adapter.settings import load_settings
 from bench.budget import Budget
-from bench.environment import command, environment
+from bench.environment import environment
 from bench.library import ASSISTANT_TOKENS
 from bench.options import SAMPLED, Options
 from bench.phases import Phases
+from bench.program import names, numbers, parser, run, say
 from bench.rows import Row, ratios
 from bench.vllm_arm import ARM as VLLM_ARM
 from bench.widen import widened_pair
@@ -51,7 +46,7 @@ def measure(options: Options) -> dict[str, Any]:
     )
     pair = prepare_pair(settings)
     texts = load_texts(options.data) if options.data else None
-    budget = Budget(options.minutes * 60, _weights(options), _say)
+    budget = Budget(options.minutes * 60, _weights(options), say)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in budget.weights:
@@ -60,7 +55,7 @@ def measure(options: Options) -> dict[str, Any]:
                 pair_of = _pair_settings(pair, times, settings.cache_dir / "bench")
                 phases = Phases(options, pair.target_name, times, pair_of, Path(folder) / name, texts, stack)
                 until_s = budget.share(name)
-                _say(f"{name}: loading and warming up, {time.monotonic() - began_s:.0f} s since the start")
+                say(f"{name}: loading and warming up, {time.monotonic() - began_s:.0f} s since the start")
                 rows += budget.run(name, phases.groups(name.rsplit("-", 1)[0]), options.repeats, until_s)
             gc.collect()  # the next phase needs the memory of this one's models
     return _result(options, pair, rows, budget, time.monotonic() - began_s)
@@ -84,7 +79,7 @@ def _pair_settings(pair: Pair, times: int, folder: Path) -> dict[str, str]:
     """Return the settings that serve the pair with its target widened."""
     if times == 1:
         return {"target": pair.target_path, "draft": pair.draft_path or "none"}
-    _say(f"widening the target {times} times into {folder}")
+    say(f"widening the target {times} times into {folder}")
     target, draft = widened_pair(pair, times, folder)
     return {"target": str(target), "draft": str(draft or "none")}
 
@@ -104,55 +99,26 @@ def _result(options: Options, pair: Pair, rows: list[Row], budget: Budget, secon
     } | environment()  # fmt: skip
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
 def _parser() -> argparse.ArgumentParser:
     default = Options()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file of the result")
-    parser.add_argument("--target", help="a folder or a name; the default target where left out")
-    parser.add_argument("--draft", help="a folder or a name; the shipped draft where left out")
-    parser.add_argument("--dtype", default=default.dtype, choices=("float32", "bfloat16"))
-    parser.add_argument("--widen", type=_numbers, default=default.widen, help="times the target is widened: 1,2")
-    parser.add_argument("--batches", type=_numbers, default=default.batches, help="requests at once: 1,2,4,8,16")
-    parser.add_argument("--workloads", type=_names, default=default.workloads, help=",".join(default.workloads))
-    parser.add_argument("--arms", type=_names, default=default.arms, help=",".join(default.arms))
-    parser.add_argument("--repeats", type=int, default=default.repeats, help="runs of every window, time allowing")
-    parser.add_argument("--tokens", type=int, default=default.tokens, help="measured tokens a request and window")
-    parser.add_argument("--minutes", type=float, default=default.minutes, help="repeats are cut to stay within")
-    parser.add_argument("--max-prompt-tokens", type=int, default=default.max_prompt_tokens)
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--data", type=Path, help="folder of .jsonl files whose `prompt` fields are used")
-    parser.add_argument("--vllm-python", help=f"python of an environment with vllm; adds the arm {VLLM_ARM}")
-    return parser
+    made = parser(__doc__, default)
+    made.add_argument("--widen", type=numbers, default=default.widen, help="times the target is widened: 1,2")
+    made.add_argument("--batches", type=numbers, default=default.batches, help="requests at once: 1,2,4,8,16")
+    made.add_argument("--workloads", type=names, default=default.workloads, help=",".join(default.workloads))
+    made.add_argument("--arms", type=names, default=default.arms, help=",".join(default.arms))
+    made.add_argument("--repeats", type=int, default=default.repeats, help="runs of every window, time allowing")
+    made.add_argument("--tokens", type=int, default=default.tokens, help="measured tokens a request and window")
+    made.add_argument("--minutes", type=float, default=default.minutes, help="repeats are cut to stay within")
+    made.add_argument("--max-prompt-tokens", type=int, default=default.max_prompt_tokens)
+    made.add_argument("--seed", type=int, default=default.seed)
+    made.add_argument("--data", type=Path, help="folder of .jsonl files whose `prompt` fields are used")
+    made.add_argument("--vllm-python", help=f"python of an environment with vllm; adds the arm {VLLM_ARM}")
+    return made
 
 
 def main() -> int:
     """Measure and write the result."""
-    configure_logging(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    given = vars(_parser().parse_args())
-    path = given.pop("json")
-    try:
-        result = measure(Options(**given))
-    except DraftsmithError as error:
-        print(error, file=sys.stderr)
-        return 2
-    result = {"command": command("bench.engine", sys.argv[1:])} | result
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    _say(f"{len(result['rows'])} rows in {path}")
-    return 0
+    return run("bench.engine", _parser(), lambda given: measure(Options(**given)))
 
 
 if __name__ == "__main__":

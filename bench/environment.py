@@ -10,11 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def environment() -> dict[str, Any]:
     """Return machine, library versions and commit."""
     return {
-        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "memory_gib": _memory_gib()},
+        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), "gpu": _gpu()},
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "draftsmith")},
@@ -36,6 +38,10 @@ def _cpu_model() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _memory_gib() -> float:

@@ -1,4 +1,7 @@
-"""What a run of the benchmark measures, how often, and for how long.  Used by `bench.engine` and its phases."""
+"""What a run of the benchmark measures, how often, and for how long.  Used by `bench.engine` and its phases.
+
+`bench.record` takes the pair's part alone.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,39 @@ from bench.workloads import RAG, WORKLOADS
 ARMS = (*ENGINE_ARMS, *LIBRARY_ARMS)
 SAMPLED = "sampled"
 SEED = 20261122
+_WIDE = 8  # requests at once, from which on a window's tokens are no longer multiplied by the batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What is measured, how often, and for how long; None leaves a setting to the environment."""
+class PairOptions:
+    """Which pair is measured and where its files are kept; None leaves a setting to the environment."""
 
     target: str | None = None
     draft: str | None = None
     dtype: str = "bfloat16"
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(PairOptions):
+    """What is measured, how often, and for how long."""
+
     widen: tuple[int, ...] = (1, 2)
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     workloads: tuple[str, ...] = (*WORKLOADS, SAMPLED, RAG)
     arms: tuple[str, ...] = ARMS
-    repeats: int = 3
+    repeats: int = 4
     tokens: int = 32
-    minutes: float = 25.0
+    minutes: float = 45.0
     max_prompt_tokens: int = 1400
     seed: int = SEED
     data: Path | None = None
-    cache_dir: Path | None = None
     vllm_python: str | None = None
     engine: dict[str, Any] = field(default_factory=dict)  # more settings of the section `engine`
+
+    def tokens_of(self, batch: int) -> int:
+        """Measured tokens a request and window: fewer where many requests are measured at once."""
+        return self.tokens if batch <= _WIDE else max(2, self.tokens * _WIDE // batch)
 
     def check(self) -> None:
         """Refuse what does not exist.

@@ -148,7 +148,8 @@ def _where(result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     reduced = [f"{name}: {phase['reduced']}" for name, phase in result.get("phases", {}).items() if "reduced" in phase]
     return (
-        f"`{result['command']}` on {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB, no GPU; "
+        f"`{result['command']}` on {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB, "
+        f"{machine.get('gpu') or 'no GPU'}; "
         f"{result['target']}, {result['dtype']}, torch {versions['torch']}, transformers {versions['transformers']}, "
         f"commit {(result['commit'] or 'unknown')[:7]}." + "".join(f" {line}." for line in reduced)
     )

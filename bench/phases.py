@@ -144,7 +144,7 @@ class Phases:
         def run(repeat: int) -> Window:
             loads = self._loads(name, 1, repeat, 0.0)
             together = Load([ids for load in loads for ids in load.prompts], name, "")
-            return library.run(arm, together, self._options.tokens)
+            return library.run(arm, together, self._options.tokens_of(1))
 
         return Cell(self._key(name, 1, arm), run)
 
@@ -157,7 +157,7 @@ class Phases:
     def _vllm_cell(self, vllm: Vllm, name: str, batch: int) -> Cell:
         return Cell(
             self._key(name, batch, VLLM_ARM),
-            lambda repeat: vllm.run(self._loads(name, batch, repeat, 0.0), self._options.tokens),
+            lambda repeat: vllm.run(self._loads(name, batch, repeat, 0.0), self._options.tokens_of(batch)),
         )
 
     def _rag_cell(self, served: Served, cached: bool, batch: int, arm: str) -> Cell:
@@ -171,9 +171,10 @@ class Phases:
 
     def _steady(self, served: Served, arm: str, loads: list[Load]) -> Window:
         longest = max(len(ids) for load in loads for ids in load.prompts)
-        needed = max(longest_answer(load.prompts, self._options.tokens, GAMMA_MAX, _PREFILL_TOKENS) for load in loads)
+        tokens = self._options.tokens_of(len(loads[0].prompts))
+        needed = max(longest_answer(load.prompts, tokens, GAMMA_MAX, _PREFILL_TOKENS) for load in loads)
         limit = min(needed, served.settings.engine.max_model_len - longest)
-        return served.steady(arm, loads, self._options.tokens, limit)
+        return served.steady(arm, loads, tokens, limit)
 
     def _loads(self, name: str, batch: int, repeat: int, temperature: float) -> list[Load]:
         """Return the loads of one window: new prompts in each repeat, the same ones for every arm."""

@@ -9,9 +9,6 @@ divided by that without, and its interval comes from drawing windows again.  Pro
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import subprocess
 import sys
 import tempfile
@@ -23,20 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils import logging as transformers_logging
 
 from adapter.contracts import DraftsmithError
-from adapter.logs import configure_logging
 from adapter.settings import Settings, load_settings
 from adapter.streams import connect, wait_until_up
 from bench.driver import Load, Window
-from bench.environment import command, environment
+from bench.environment import environment
+from bench.options import SEED, PairOptions
+from bench.program import numbers, parser, run, say
 from bench.served import Served, Tokens
 from bench.workloads import prompts
 from serving.engine.recorder import Recorder
 from serving.valkey import valkey_command
 
-SEED = 20261122
 ARM = "fixed-3"
 _START_S = 20.0
 _DRAIN_S = 10.0
@@ -45,17 +41,13 @@ _DRAWS = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What is measured and how often; None leaves a setting to the environment."""
+class Options(PairOptions):
+    """What is measured and how often."""
 
-    target: str | None = None
-    draft: str | None = None
-    dtype: str = "bfloat16"
     batches: tuple[int, ...] = (1, 8)
     pairs: int = 12
     tokens: int = 48
     max_prompt_tokens: int = 400
-    cache_dir: Path | None = None
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -109,7 +101,7 @@ def _row(served: Served, tokens: Tokens, batch: int, options: Options) -> dict[s
             drains_s.append(_drain(served))
             if number:
                 windows[enabled].append(window)
-        print(f"record: batch {batch}, pair {number} of {options.pairs}", file=sys.stderr, flush=True)
+        say(f"record: batch {batch}, pair {number} of {options.pairs}")
     stats = served.built.publisher.stats()
     return {
         "batch": batch, "pairs": options.pairs, **cost(windows[True], windows[False]),
@@ -167,26 +159,11 @@ def _drain(served: Served) -> float:
 def main() -> int:
     """Measure and write the result."""
     default = Options()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file of the result")
-    parser.add_argument("--target", help="a folder or a name; the default target where left out")
-    parser.add_argument("--draft", help="a folder or a name; the shipped draft where left out")
-    parser.add_argument("--dtype", default=default.dtype, choices=("float32", "bfloat16"))
-    parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), default=default.batches)
-    parser.add_argument("--pairs", type=int, default=default.pairs, help="windows with and without logging")
-    parser.add_argument("--tokens", type=int, default=default.tokens, help="tokens of an answer")
-    given = vars(parser.parse_args())
-    path = given.pop("json")
-    configure_logging(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    try:
-        result = measure(Options(**given))
-    except DraftsmithError as error:
-        print(error, file=sys.stderr)
-        return 2
-    result = {"command": command("bench.record", sys.argv[1:])} | result
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+    arguments = parser(__doc__, default)
+    arguments.add_argument("--batches", type=numbers, default=default.batches, help="requests at once: 1,8")
+    arguments.add_argument("--pairs", type=int, default=default.pairs, help="windows with and without logging")
+    arguments.add_argument("--tokens", type=int, default=default.tokens, help="tokens of an answer")
+    return run("bench.record", arguments, lambda given: measure(Options(**given)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from bench.driver import Window
 
 ENGINE_ARMS = ("none", "fixed-1", "fixed-3", "fixed-5", "adaptive")
 FIXED = ("fixed-1", "fixed-3", "fixed-5")
+_CLOSE = 0.85  # of the best arm's speed, that an arm needs to count as a rival for the best
 RATIOS = ("adaptive_vs_best", "adaptive_vs_none", "none_vs_hf_generate", "fixed3_vs_hf_assisted", "prefix_cache")
 
 
@@ -64,6 +65,24 @@ class Row:
             "repeat_spread": round((max(speeds) - min(speeds)) / median, 4), "repeats": len(speeds),
             "tokens": tokens, "tokens_per_s_repeats": [round(speed, 3) for speed in speeds],
         }  # fmt: skip
+
+
+def contenders(rows: list[Row]) -> set[Key]:
+    """Return the rows of one group that promises still depend on.
+
+    Those are no speculation, the adaptive arm and any fixed length that may be the best.  Where a group has
+    neither of the first two, all of it goes on.
+    """
+    rivals = [row for row in rows if row.key.arm in ("none", *FIXED)]
+    kept = {row.key for row in rows if row.key.arm in ("none", "adaptive")}
+    if not kept or not rivals:
+        return {row.key for row in rows}
+    for row in rivals:
+        alike = [other for other in rivals if _like(other.key, arm=row.key.arm) == row.key]
+        best = max(statistics.median(other.speeds) for other in alike)
+        if statistics.median(row.speeds) >= _CLOSE * best:
+            kept.add(row.key)
+    return kept
 
 
 def ratios(rows: Iterable[Row]) -> dict[str, list[dict[str, Any]]]:

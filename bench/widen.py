@@ -112,7 +112,8 @@ def widened_pair(pair: Pair, times: int, folder: Path) -> tuple[Path, Path | Non
     The names carry the fingerprints, so a changed pair is made anew.
     """
     dtype = DTYPES[pair.dtype]
-    target = folder / f"{pair.target_name}-{pair.target_fingerprint[:12]}-x{times}-{pair.dtype}"
+    name = pair.target_name.replace("/", "--")  # of a hub, with its owner
+    target = folder / f"{name}-{pair.target_fingerprint[:12]}-x{times}-{pair.dtype}"
     if not (target / "config.json").exists():
         widen(Path(pair.target_path), target, times, dtype)
     if pair.draft_kind == "none":

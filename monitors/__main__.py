@@ -13,6 +13,7 @@ from types import FrameType
 import structlog
 import uvicorn
 
+from adapter.addresses import url_of
 from adapter.broker import announce_job
 from adapter.contracts import SettingsError
 from adapter.database import migrate, open_database
@@ -35,21 +36,15 @@ def listen(settings: Settings) -> socket.socket:
     Raises:
         SettingsError: the address or port cannot be had.
     """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in settings.dashboard_host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.dashboard_port), family=family, backlog=128)
+        return socket.create_server((settings.dashboard_host, settings.dashboard_port), family=family, backlog=128)
     except OSError as error:
         raise SettingsError(
             f"dashboard_port = {settings.dashboard_port}: the dashboard cannot listen on "
-            f"{settings.host}:{settings.dashboard_port}: {error.strerror}. Choose another port, or 0 for any free one"
+            f"{settings.dashboard_host}:{settings.dashboard_port}: {error.strerror}. "
+            "Choose another port, or 0 for any free one"
         ) from error
-
-
-def url_of(listener: socket.socket) -> str:
-    """Return the address a browser on this machine can open."""
-    host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
 
 
 def serve(settings: Settings) -> None:

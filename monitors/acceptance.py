@@ -12,14 +12,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import redis
 import structlog
 
 from adapter import keys
-from adapter.accounting import Window
+from adapter.accounting import Tally, Window
 from adapter.contracts import RequestOutcome, WireError, outcome_from_wire
 from adapter.streams import BROKEN, Entry, StreamReader
-from monitors.segments import Observation
+from monitors.segments import Observation, SegmentCap
 
 log = structlog.get_logger(__name__)
 
@@ -36,19 +37,6 @@ class ReaderCounters:
     garbage: int = 0
     duplicates: int = 0
     redis_errors: int = 0
-
-
-@dataclass(slots=True)
-class _Row:
-    requests: int = 0
-    rounds: int = 0
-    drafted: int = 0
-    examined: int = 0
-    accepted: int = 0
-    delivered: int = 0
-    acceptance_sum: float = 0.0
-    acceptance_sum_squares: float = 0.0
-    judged_requests: int = 0
 
 
 def observations_of(outcome: RequestOutcome) -> list[Observation]:
@@ -101,9 +89,10 @@ class OutcomeReader:
         self._window_s = window_s
         self.watermark = watermark
         self.counters = ReaderCounters()
+        self.segments = SegmentCap()
         self.connected: bool | None = None  # None until the first call
         self._opened_at_s = clock()
-        self._rows: dict[tuple[str, int | None], _Row] = {}
+        self._rows: dict[tuple[str, int | None], Tally] = {}
         self._pending: list[Entry] = []
         self._to_ack: list[Entry] = []
         self._seen: OrderedDict[tuple[str, float], None] = OrderedDict()
@@ -138,7 +127,7 @@ class OutcomeReader:
                 seconds=seconds,
                 segment=segment,
                 version=version,
-                **{name: getattr(row, name) for name in _Row.__slots__},
+                **{name: getattr(row, name) for name in Tally.__struct_fields__},
             )
             for (segment, version), row in self._rows.items()
         ]
@@ -187,12 +176,13 @@ class OutcomeReader:
         if len(self._seen) > _REMEMBERED:
             self._seen.popitem(last=False)
         self.counters.outcomes += 1
+        outcome = msgspec.structs.replace(outcome, segment=self.segments.name(outcome.segment, self._clock()))
         self._add(outcome)
         return outcome
 
     def _add(self, outcome: RequestOutcome) -> None:
         if not outcome.by_version:
-            row = self._rows.setdefault((outcome.segment, None), _Row())
+            row = self._rows.setdefault((outcome.segment, None), Tally())
             row.requests += 1
             row.rounds += outcome.plain_rounds
             row.delivered += outcome.delivered_tokens
@@ -200,7 +190,7 @@ class OutcomeReader:
         # A request that spanned a swap is one request: it counts where most of its rounds ran.
         owner = max(outcome.by_version, key=lambda item: item.counts.num_rounds)
         for item, delivered in zip(outcome.by_version, split_delivered(outcome), strict=True):
-            row = self._rows.setdefault((outcome.segment, item.version), _Row())
+            row = self._rows.setdefault((outcome.segment, item.version), Tally())
             row.requests += item is owner
             row.rounds += item.counts.num_rounds
             row.drafted += item.counts.num_drafted

@@ -36,6 +36,7 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     speedup_low: float | None = None
     speedup_high: float | None = None
     speedup_windows: int = 0
+    controller: str | None = None
 
 
 def load_of(said: dict[str, Any], *, prefix_cache: bool) -> EngineLoad:
@@ -46,6 +47,7 @@ def load_of(said: dict[str, Any], *, prefix_cache: bool) -> EngineLoad:
         median_batch=said.get("median_batch"), kv_usage=said.get("kv_usage"), preempted=said.get("preempted", 0),
         prefix_cache=prefix_cache, speedup=measured.get("ratio"), speedup_low=measured.get("low"),
         speedup_high=measured.get("high"), speedup_windows=switchback.get("pairs", 0),
+        controller=(said.get("controller") or {}).get("controller"),
     )  # fmt: skip
 
 
@@ -100,12 +102,20 @@ def _decide(measured: Signal, rules: tuple[Signal, ...]) -> tuple[Verdict, str]:
 def _measured(load: EngineLoad) -> Signal:
     low, high, value = load.speedup_low, load.speedup_high, load.speedup
     if value is None or low is None or high is None:
-        text = "The speed-up is not measured yet; give `engine.switchback_share` more than 0 and wait."
-        return Signal(name="measured speed-up", value=None, leaning="neutral", sentence=text)
+        return Signal(name="measured speed-up", value=None, leaning="neutral", sentence=_why_unmeasured(load))
     interval = f"[{low:.2f}, {high:.2f}] over {load.speedup_windows} pairs of windows"
     text = f"measured {value:.2f}x against no speculation {interval}."
     leaning: Leaning = "for" if low > 1 else "against" if high < 1 else "neutral"
     return Signal(name="measured speed-up", value=value, leaning=leaning, sentence=text)
+
+
+def _why_unmeasured(load: EngineLoad) -> str:
+    if load.controller == "fixed":
+        return "The speed-up is not measured: only `engine.controller` = adaptive measures it."
+    return (
+        "The speed-up is not measured yet: that takes `engine.switchback_share` above 0, and steps that draft; while "
+        "the controller drafts nothing there is nothing to compare."
+    )
 
 
 def _band(
@@ -172,7 +182,7 @@ def _instead(traffic: Traffic, load: EngineLoad) -> tuple[str, ...]:
             f"Prompt order: only {cached:.0%} of prompt tokens are found in the prefix cache; put what requests share "
             "(instructions, documents) before what differs."
         )
-    deep = traffic.accepted_share
+    deep = traffic.accepted_share if load.controller == "fixed" else ()  # an adaptive one drafts as far as it pays
     if len(deep) > 1 and deep[-1] < 0.1:
         useful = next(i for i, share in enumerate(deep) if share < 0.1)
         found.append(

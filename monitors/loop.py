@@ -103,6 +103,7 @@ class LearningLoop:
         getattr(self, f"_{self.state.phase}")()
         now_live = live.live if self.state.live is None else self.state.live
         self._notices.follow_drift(self._book.detectors(now_live), now_live)
+        self._notices.follow_tails(self._book.tails(now_live), now_live)
         self._notices.follow_jobs(self._jobs.latest(5))
         self._notices.expire()
 

@@ -14,11 +14,13 @@ from adapter.alerting import Severity
 from adapter.jobs import Job
 from monitors.alerts import AlertDesk
 from monitors.drift import DriftDetector
+from monitors.tails import ALL_ACCEPTED, NONE_ACCEPTED, Tails, tail_sentence
 
 _STAYS_S = 3600.0
 _UNCLAIMED_S = 120.0
 _EVENTS = ("DraftPromoted", "DraftRolledBack", "TrainingFailed", "CandidateRejected")
-_OWN = (*_EVENTS, "AcceptanceDrift", "CandidateReady", "TrainingUnclaimed")
+_TAILS = (NONE_ACCEPTED, ALL_ACCEPTED)
+_OWN = (*_EVENTS, *_TAILS, "AcceptanceDrift", "CandidateReady", "TrainingUnclaimed")
 
 
 class Notices:
@@ -59,6 +61,18 @@ class Notices:
                 learning = current is None or current.baseline is None
                 because = f"v{live} is live and sets its own baseline" if learning else "acceptance is back"
                 self.resolve(rule, name, because)
+
+    def follow_tails(self, tails: dict[str, Tails], live: int) -> None:
+        """Keep one alert open for each end at which a segment of the live version has more requests than it had."""
+        for segment, ends in tails.items():
+            for rule, test in ends.tests.items():
+                if test.drifting:
+                    self.open(rule, segment, "ticket", tail_sentence(rule, segment, test), drift_evidence(test))
+        for rule, segment in [item for item in self._open if item[0] in _TAILS]:
+            if segment not in tails:
+                self.resolve(rule, segment, f"v{live} is live and sets its own baseline")
+            elif not tails[segment].tests[rule].drifting:
+                self.resolve(rule, segment, "as many requests as before")
 
     def follow_jobs(self, jobs: list[Job]) -> None:
         """Keep one alert open for each job that no worker takes."""

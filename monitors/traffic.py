@@ -27,7 +27,8 @@ class Traffic(msgspec.Struct, frozen=True, kw_only=True):
     """What the last requests looked like.
 
     Medians are over requests.  `counts` are the draft model's rounds, `matched` those of matching
-    proposers; `accepted_share` says for each position of a draft how often a round's token there was kept.
+    proposers; `accepted_share` says for each position of a draft in what share of rounds its token was kept,
+    rounds whose draft was shorter included: under an adaptive controller it is no chance of being kept.
     """
 
     requests: int

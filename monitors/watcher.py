@@ -88,6 +88,8 @@ class Watcher:
         self.reader = OutcomeReader(
             client, clock=clock, window_s=settings.monitors.window_s, watermark=str(drift.get("watermark", "0-0"))
         )
+        for segment in sorted(self.book.known()):  # those of before the restart go on under their names
+            self.reader.segments.name(segment, clock())
         self._desk = AlertDesk(Alerts(engine, clock=clock), self._notifier.send)
         self.loop = LearningLoop(
             settings,
@@ -105,6 +107,8 @@ class Watcher:
         was_connected = self.reader.connected
         self.loop.step()
         outcomes = self.reader.poll()
+        while self.reader.segments.expired:
+            self.book.forget(self.reader.segments.expired.pop())
         live = self._live() if outcomes else None
         for outcome in outcomes:
             self._metrics.count(outcome, live)

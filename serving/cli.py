@@ -9,10 +9,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from sqlalchemy.exc import SQLAlchemyError
 
 from adapter.contracts import DraftsmithError
 from adapter.settings import Settings, child_environment, load_settings
 from serving import cli_advice, cli_drafts, cli_explain, cli_views, cli_vocab
+from serving.cli_common import AsJson
 
 app = typer.Typer(
     name="draftsmith", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -29,8 +32,10 @@ Port = Annotated[int | None, typer.Option("--port", help="Port of the API; 0 tak
 DashboardPort = Annotated[
     int | None, typer.Option("--dashboard-port", help="Port of the dashboard; 0 takes a free one.")
 ]
-Host = Annotated[str | None, typer.Option("--host", help="Address to listen on.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Host = Annotated[str | None, typer.Option("--host", help="Address the API listens on.")]
+DashboardHost = Annotated[
+    str | None, typer.Option("--dashboard-host", help="Address the dashboard listens on; it asks for no login.")
+]
 
 console = Console(stderr=True)
 
@@ -38,12 +43,13 @@ console = Console(stderr=True)
 @app.command()
 def up(
     port: Port = None, dashboard_port: DashboardPort = None, data_dir: DataDir = None, target: Target = None,
-    draft: Draft = None, dtype: Dtype = None, host: Host = None,
+    draft: Draft = None, dtype: Dtype = None, host: Host = None, dashboard_host: DashboardHost = None,
 ) -> None:  # fmt: skip
     """Run everything on this machine: API, engine, worker, watcher, dashboard, and Valkey if needed."""
     settings = load_settings(
-        port=port, dashboard_port=dashboard_port, data_dir=data_dir, target=target, draft=draft, dtype=dtype, host=host
-    )
+        port=port, dashboard_port=dashboard_port, data_dir=data_dir, target=target, draft=draft, dtype=dtype, host=host,
+        dashboard_host=dashboard_host,
+    )  # fmt: skip
     cli_views.supervise(settings, ["engine", "api", "worker", "watcher"])
 
 
@@ -76,9 +82,11 @@ def worker(data_dir: DataDir = None) -> None:
 
 
 @app.command()
-def watch(dashboard_port: DashboardPort = None, data_dir: DataDir = None, host: Host = None) -> None:
+def watch(
+    dashboard_port: DashboardPort = None, data_dir: DataDir = None, dashboard_host: DashboardHost = None
+) -> None:  # fmt: skip
     """Run the watcher and the dashboard alone."""
-    _exec("monitors", load_settings(dashboard_port=dashboard_port, data_dir=data_dir, host=host))
+    _exec("monitors", load_settings(dashboard_port=dashboard_port, data_dir=data_dir, dashboard_host=dashboard_host))
 
 
 @app.command()
@@ -129,9 +137,16 @@ def main() -> None:
     """Run the command; errors made on purpose end it with one message and status 2."""
     try:
         app()
+        return
     except DraftsmithError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _say(str(error))
+    except SQLAlchemyError as error:
+        _say(f"the database cannot be used: {str(error).splitlines()[0]}; is it there, is its disk full, is it locked?")
+    sys.exit(2)
+
+
+def _say(reason: str) -> None:
+    console.print(f"[bold red]error:[/] {escape(reason)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

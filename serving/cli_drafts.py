@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from adapter.contracts import SettingsError
-from adapter.database import migrate, open_database
 from adapter.hints import announcer
 from adapter.registry import Registry
 from adapter.settings import load_settings
 from adapter.versions import Draft, Live
+from serving.cli_common import AsJson, DataDir, Expected, Reason, actor, alias_names, open_deployment, say_live
 
 app = typer.Typer(no_args_is_help=True)
-
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="The deployment's data folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Reason = Annotated[str, typer.Option("--reason", help="Why; written to the audit log.")]
-Expected = Annotated[
-    int | None, typer.Option("--expected-generation", help="Refuse if somebody moved an alias since this generation.")
-]
 
 console = Console()
 
@@ -45,8 +37,9 @@ def list_drafts(data_dir: DataDir = None, as_json: AsJson = False) -> None:
         size = f"{draft.artifact_bytes / 1e6:.1f} MB" if draft.artifact_bytes else "–"
         parent = "–" if draft.parent is None else str(draft.parent)
         table.add_row(
-            str(draft.version), _alias(draft.version, live), draft.state, parent, size, draft.created_by, draft.reason
-        )
+            str(draft.version), _alias(draft.version, live), draft.state, parent, size, escape(draft.created_by),
+            escape(draft.reason),
+        )  # fmt: skip
     console.print(table)
 
 
@@ -59,7 +52,8 @@ def show(version: int, data_dir: DataDir = None, as_json: AsJson = False) -> Non
         typer.echo(json.dumps({**_plain(draft), "alias": _alias(version, registry.live())}, indent=2))
         return
     for name, value in _plain(draft).items():
-        console.print(f"[bold]{name}[/]: {json.dumps(value) if isinstance(value, dict) else value}", highlight=False)
+        words = json.dumps(value) if isinstance(value, dict) else str(value)
+        console.print(f"[bold]{name}[/]: {escape(words)}", highlight=False)
 
 
 @app.command()
@@ -71,7 +65,7 @@ def promote(
     live = open_registry(data_dir).promote(
         version, actor=actor(), reason=reason, expected_generation=expected_generation
     )
-    _say(live, as_json)
+    say_live(console, Registry.noun, live, as_json)
 
 
 @app.command()
@@ -81,7 +75,7 @@ def rollback(
 ) -> None:  # fmt: skip
     """Make the previous version live again; what was live becomes previous, so a second call undoes the first."""
     live = open_registry(data_dir).roll_back(actor=actor(), reason=reason, expected_generation=expected_generation)
-    _say(live, as_json)
+    say_live(console, Registry.noun, live, as_json)
 
 
 def open_registry(data_dir: Path | None) -> Registry:
@@ -91,32 +85,13 @@ def open_registry(data_dir: Path | None) -> Registry:
         SettingsError: there is none in this folder.
     """
     settings = load_settings(data_dir=data_dir)
-    if settings.database_url is None and not (settings.data_dir / "draftsmith.db").exists():
-        raise SettingsError(f"{settings.data_dir} holds no deployment; start one with `draftsmith up --data-dir …`")
-    database = open_database(settings.database)
-    migrate(database)
-    return Registry(database, announce=announcer(settings))
-
-
-def actor() -> str:
-    """Name the person at the terminal for the audit log."""
-    try:
-        return f"cli:{getpass.getuser()}"
-    except (KeyError, OSError):
-        return "cli"
+    return Registry(open_deployment(settings), announce=announcer(settings))
 
 
 def _alias(version: int, live: Live) -> str:
-    names = [name for name, at in (("live", live.live), ("previous", live.previous)) if at == version]
+    names = alias_names(version, live)
     return " ".join([*names, "floor"] if version == 0 else names)
 
 
 def _plain(draft: Draft) -> dict[str, Any]:
     return dict(msgspec.to_builtins(draft))
-
-
-def _say(live: Live, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"generation": live.generation, "live": live.live, "previous": live.previous}))
-    else:
-        console.print(f"version {live.live} is live (generation {live.generation}, previous {live.previous})")

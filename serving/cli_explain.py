@@ -9,12 +9,13 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from adapter.contracts import SettingsError
-from adapter.database import migrate, open_database
 from adapter.facts import SERVING, Facts
 from adapter.settings import Settings
+from serving.cli_common import open_deployment
 
 console = Console()
 _TIMEOUT_S = 5.0
@@ -40,11 +41,7 @@ def show_explanation(settings: Settings, as_json: bool) -> None:
 
 
 def _ask(settings: Settings) -> dict[str, Any]:
-    if settings.database_url is None and not (settings.data_dir / "draftsmith.db").exists():
-        raise SettingsError(f"{settings.data_dir} holds no deployment; start one with `draftsmith up --data-dir …`")
-    database = open_database(settings.database)
-    migrate(database)
-    url = (Facts(database).get(SERVING) or {}).get("url")
+    url = (Facts(open_deployment(settings)).get(SERVING) or {}).get("url")
     if not url:
         raise SettingsError(f"no API of {settings.data_dir} has started yet; start one with `draftsmith up`")
     headers = {"Authorization": f"Bearer {settings.api.keys[0]}"} if settings.api.keys else {}
@@ -60,7 +57,9 @@ def _ask(settings: Settings) -> dict[str, Any]:
 
 
 def _print_decision(decision: dict[str, Any]) -> None:
-    console.print(f"[bold]last choice[/] for {decision['batch']} requests: {decision['sentence']}", highlight=False)
+    console.print(
+        f"[bold]last choice[/] for {decision['batch']} requests: {escape(decision['sentence'])}", highlight=False
+    )
     if not decision["alternatives"]:
         return
     table = Table("gamma", "tokens/s", "against none", "drafted in the step", box=None, header_style="bold")
@@ -89,7 +88,7 @@ def _print_beliefs(beliefs: dict[str, Any]) -> None:
     table = Table("segment", "draft", "acceptance", "tokens it rests on", box=None, header_style="bold")
     for kind in beliefs["kinds"]:
         name = f"version {kind['version']}" if kind["proposer"] == "draft" else f"{kind['proposer']} {kind['match']}"
-        table.add_row(kind["segment"], name, f"{kind['acceptance']:.3f}", f"{kind['examined']:.0f}")
+        table.add_row(escape(kind["segment"]), name, f"{kind['acceptance']:.3f}", f"{kind['examined']:.0f}")
     console.print(table if beliefs["kinds"] else "nothing was drafted yet", highlight=False)
 
 

@@ -9,19 +9,23 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+import structlog
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from sqlalchemy.exc import SQLAlchemyError
 
-from adapter.contracts import SettingsError
 from adapter.database import migrate, open_database
 from adapter.facts import SERVING, WATCHER, Facts
 from adapter.logs import configure_logging
 from adapter.settings import Settings
+from serving.cli_common import open_deployment
 from serving.roles import roles_for
 from serving.status import collect_status
 from serving.supervisor import Supervisor
 
+log = structlog.get_logger(__name__)
 console = Console()
 _LOOK_EVERY_S = 0.5
 
@@ -34,7 +38,7 @@ def supervise(settings: Settings, names: list[str]) -> None:
         signal.signal(number, lambda *_: supervisor.stop())
     supervisor.start()
     words = f"starting {', '.join(names)} in {settings.data_dir} (logs in {settings.logs_dir})"
-    console.print(words, highlight=False, soft_wrap=True)
+    console.print(escape(words), highlight=False, soft_wrap=True)
     announcement = _Announcement(settings, with_dashboard="watcher" in names)
     supervisor.run(on_tick=announcement.look)
     console.print("stopped")
@@ -49,6 +53,7 @@ class _Announcement:
         self._since_s = time.time()
         self._next_s = 0.0
         self._done = False
+        self._said_away = False
         self._facts: Facts | None = None
 
     def look(self) -> None:
@@ -56,12 +61,18 @@ class _Announcement:
         if self._done or time.monotonic() < self._next_s:
             return
         self._next_s = time.monotonic() + _LOOK_EVERY_S
-        if self._facts is None:
-            database = open_database(self._settings.database)
-            migrate(database)
-            self._facts = Facts(database)
-        api = (self._facts.get(SERVING) or {}).get("url")
-        dashboard = (self._facts.get(WATCHER) or {}).get("dashboard_url")
+        try:
+            if self._facts is None:
+                database = open_database(self._settings.database)
+                migrate(database)
+                self._facts = Facts(database)
+            api = (self._facts.get(SERVING) or {}).get("url")
+            dashboard = (self._facts.get(WATCHER) or {}).get("dashboard_url")
+        except SQLAlchemyError as error:  # the roles go on without the database; so does their supervisor
+            if not self._said_away:
+                log.warning("database_away", error=str(error))
+            self._said_away = True
+            return
         if not api or not _answers(f"{api}/ready"):
             return
         if self._with_dashboard and not (dashboard and _answers(f"{dashboard}/health")):
@@ -72,7 +83,8 @@ class _Announcement:
         console.print(f"  API        {api}/v1", highlight=False)
         if self._with_dashboard:
             console.print(f"  dashboard  {dashboard}", highlight=False)
-        console.print(f"draftsmith status --data-dir {self._settings.data_dir}", highlight=False, soft_wrap=True)
+        words = f"draftsmith status --data-dir {self._settings.data_dir}"
+        console.print(escape(words), highlight=False, soft_wrap=True)
         console.print("Ctrl-C stops everything.")
 
 
@@ -90,11 +102,7 @@ def show_status(settings: Settings, as_json: bool) -> None:
     Raises:
         SettingsError: the folder holds no deployment.
     """
-    if settings.database_url is None and not (settings.data_dir / "draftsmith.db").exists():
-        raise SettingsError(f"{settings.data_dir} holds no deployment; start one with `draftsmith up --data-dir …`")
-    database = open_database(settings.database)
-    migrate(database)
-    status = collect_status(settings, database)
+    status = collect_status(settings, open_deployment(settings))
     if as_json:
         typer.echo(json.dumps(status, indent=2))
         return
@@ -104,7 +112,7 @@ def show_status(settings: Settings, as_json: bool) -> None:
 def _print_status(status: dict[str, Any]) -> None:
     acceptance = status["acceptance"]
     lines = Table.grid(padding=(0, 2))
-    lines.add_row("target", f"{status['target']} ({status['dtype']})")
+    lines.add_row("target", escape(f"{status['target']} ({status['dtype']})"))
     lines.add_row("live draft", f"version {status['live']}, generation {status['generation']}")
     lines.add_row("previous", "–" if status["previous"] is None else f"version {status['previous']}")
     if acceptance["value"] is None:
@@ -118,8 +126,10 @@ def _print_status(status: dict[str, Any]) -> None:
         )
     job = status["job"]
     if job is not None:
-        lines.add_row("last training", f"{job['state']}: {job['error'] or job['reason']}")
-    lines.add_row("alerts", "; ".join(alert["summary"] for alert in status["alerts"]) or "none firing")
+        lines.add_row("last training", escape(f"{job['state']}: {job['error'] or job['reason']}"))
+    if status["log"] is not None:
+        lines.add_row("log", _log_words(status["log"]))
+    lines.add_row("alerts", escape("; ".join(alert["summary"] for alert in status["alerts"])) or "none firing")
     for label, role, url in (("API", "api", status["api_url"]), ("dashboard", "watcher", status["dashboard_url"])):
         runs = status["roles"].get(role, {}).get("pid") is not None
         lines.add_row(label, url if runs and url else "not running here")
@@ -128,3 +138,10 @@ def _print_status(status: dict[str, Any]) -> None:
     for name, role in status["roles"].items():
         roles.add_row(name, role["state"], str(role["pid"] or "–"), str(role["restarts"]))
     console.print(roles if status["roles"] else "no processes run here", highlight=False)
+
+
+def _log_words(said: dict[str, Any]) -> str:
+    """Say whether blocks and outcomes reach Redis, in words."""
+    if said["connected"]:
+        return f"{said['written']} entries written, {said['dropped']} dropped"
+    return f"[yellow]nothing is written: Redis is gone or full[/]; {said['dropped']} entries dropped"

@@ -9,19 +9,19 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from sqlalchemy import Engine
 
-from adapter.contracts import ConflictError, SettingsError
-from adapter.database import migrate, open_database
+from adapter.contracts import SettingsError
 from adapter.facts import Facts
 from adapter.hints import announcer
 from adapter.pairs import Pair, pair_from_facts
 from adapter.settings import Settings, load_settings
 from adapter.token_counts import read_counts
-from adapter.vocab_registry import LiveVocab, Vocabularies
+from adapter.vocab_registry import Vocabularies
 from adapter.vocab_selection import build_vocab, target_vocab_size
-from serving.cli_drafts import AsJson, DataDir, Expected, Reason, actor
+from serving.cli_common import AsJson, DataDir, Expected, Reason, actor, alias_names, open_deployment, say_live
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -44,7 +44,7 @@ def list_vocabularies(data_dir: DataDir = None, as_json: AsJson = False) -> None
         {"number": 0, "state": "ready", "size": target_vocab_size(pair), "coverage": 1.0, "reason": "all tokens"}
     )
     for row in rows:
-        row["alias"] = _alias(row["number"], live)
+        row["alias"] = " ".join(alias_names(row["number"], live))
     if as_json:
         in_use = settings.engine.draft_vocab_size > 0
         typer.echo(json.dumps({"generation": live.generation, "in_use": in_use, "vocabularies": rows}, indent=2))
@@ -53,8 +53,8 @@ def list_vocabularies(data_dir: DataDir = None, as_json: AsJson = False) -> None
     for row in rows:
         covered = "–" if row["coverage"] is None else f"{row['coverage']:.1%}"
         table.add_row(
-            str(row["number"]), row["alias"], row["state"], str(row["size"]), covered, row.get("created_by", ""),
-            row["reason"],
+            str(row["number"]), row["alias"], row["state"], str(row["size"]), covered,
+            escape(row.get("created_by", "")), escape(row["reason"]),
         )  # fmt: skip
     console.print(table)
 
@@ -70,7 +70,7 @@ def publish(
     if not wanted:
         raise SettingsError("engine.draft_vocab_size = 0: this draft scores all tokens; give --size to publish anyway")
     registry = Vocabularies(database, announce=announcer(settings))
-    _expect(registry, expected_generation)
+    registry.expect(expected_generation)
     manifest = build_vocab(settings.vocabularies_dir, pair, read_counts(settings.vocabularies_dir), wanted)
     row = registry.publish(manifest, actor=actor(), reason=reason)
     if not no_promote:
@@ -81,7 +81,7 @@ def publish(
         return
     covered = "nothing was counted yet" if row.coverage is None else f"{row.coverage:.2%} of the counted tokens inside"
     console.print(f"vocabulary {row.number}: {row.size} tokens, {covered}", highlight=False)
-    _say(live, False)
+    say_live(console, registry.noun, live, False)
 
 
 @app.command()
@@ -91,7 +91,8 @@ def promote(
 ) -> None:  # fmt: skip
     """Make a vocabulary live; 0 is the full one."""
     registry = _registry(data_dir)
-    _say(registry.promote(number, actor=actor(), reason=reason, expected_generation=expected_generation), as_json)
+    live = registry.promote(number, actor=actor(), reason=reason, expected_generation=expected_generation)
+    say_live(console, registry.noun, live, as_json)
 
 
 @app.command()
@@ -101,7 +102,8 @@ def rollback(
 ) -> None:  # fmt: skip
     """Make the previous vocabulary live again; with no previous one, the full one."""
     registry = _registry(data_dir)
-    _say(registry.roll_back(actor=actor(), reason=reason, expected_generation=expected_generation), as_json)
+    live = registry.roll_back(actor=actor(), reason=reason, expected_generation=expected_generation)
+    say_live(console, registry.noun, live, as_json)
 
 
 def _registry(data_dir: Path | None) -> Vocabularies:
@@ -116,32 +118,10 @@ def _deployment(data_dir: Path | None) -> tuple[Settings, Engine, Pair]:
         SettingsError: there is none in this folder.
     """
     settings = load_settings(data_dir=data_dir)
-    if settings.database_url is None and not (settings.data_dir / "draftsmith.db").exists():
-        raise SettingsError(f"{settings.data_dir} holds no deployment; start one with `draftsmith up --data-dir …`")
-    database = open_database(settings.database)
-    migrate(database)
+    database = open_deployment(settings)
     pair = pair_from_facts(Facts(database))
     if pair is None:
         raise SettingsError(
             f"the engine of {settings.data_dir} never started, so its target is not known; start it once"
         )
     return settings, database, pair
-
-
-def _expect(registry: Vocabularies, generation: int | None) -> None:
-    live = registry.live()
-    if generation is not None and generation != live.generation:
-        raise ConflictError(
-            f"the vocabulary's generation is {live.generation}, you looked at {generation}. Look again and repeat"
-        )
-
-
-def _alias(number: int, live: LiveVocab) -> str:
-    return " ".join(name for name, at in (("live", live.live), ("previous", live.previous)) if at == number)
-
-
-def _say(live: LiveVocab, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"generation": live.generation, "live": live.live, "previous": live.previous}))
-    else:
-        console.print(f"vocabulary {live.live} is live (generation {live.generation}, previous {live.previous})")

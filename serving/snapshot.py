@@ -40,6 +40,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     swaps: int
     last_swap_version: int | None
     last_swap_pause_ms: float | None
+    not_finite: int = 0  # requests ended because the target's logits were NaN or infinite
+    draft_not_finite: int = 0  # forwards of the draft that gave such logits
+    undelivered: int = 0  # requests ended because their API process took no more messages
     draft_vocab_number: int = 0  # 0 is the full vocabulary
     draft_vocab_size: int = 0  # 0 where nothing is trimmed for good
     draft_vocab_counted: int = 0  # committed tokens looked at, and how many of them the draft scores

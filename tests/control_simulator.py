@@ -118,7 +118,8 @@ class Machine:
         offers = []
         for item in self.requests:
             limit = item.gamma_limit(GAMMA_MAX)
-            one = {"draft": Offer(limit, backlog_tokens=len(item.tokens) - item.num_draft_kv)} if limit else {}
+            backlog = len(item.tokens) - item.num_draft_kv
+            one = {"draft": Offer(limit, backlog_tokens=backlog, version=self.version)} if limit else {}
             found = self.match(item.request_id, self.steps)
             if found is not None and limit:
                 one["ngram"] = found[0]
@@ -143,7 +144,8 @@ class Machine:
             accepted = 0
             while accepted < choice.gamma and self._random.random() < alpha:
                 accepted += 1
-            rounds.append(RoundReport(item, choice.proposer if choice.gamma else None, choice.gamma, accepted))
+            proposer = choice.proposer if choice.gamma else None
+            rounds.append(RoundReport(item, proposer, choice.gamma, accepted, accepted + 1))
         forwards = self._forwards(choices)
         propose_s, target_s = self._cost(forwards, batch, choices, shape)
         drafting = any(choice.gamma for choice in choices)

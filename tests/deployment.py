@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import psutil
 from conftest import poll_until
+from processes import short_folder
+from tiny_pair import write_pair
 
 CLI = (sys.executable, "-m", "serving.cli")
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,6 +133,18 @@ class Deployment:
 
     def log(self, role: str) -> str:
         return (self.data / "logs" / f"{role}.log").read_text(errors="replace")
+
+
+@contextlib.contextmanager
+def tiny_deployment(command: str = "up", **sections: dict[str, Any]) -> Iterator[Deployment]:
+    """A deployment of a tiny pair of its own, not yet started; closed at the end."""
+    with short_folder() as folder:
+        target, draft = write_pair(folder)
+        made = Deployment(folder / "data", ["--target", str(target), "--draft", str(draft)], sections, command)
+        try:
+            yield made
+        finally:
+            made.close()
 
 
 def body(prompt: str, model: str, *, max_tokens: int = 24, **fields: Any) -> dict[str, Any]:

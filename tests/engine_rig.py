@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_pair import pair_settings
 
@@ -22,6 +24,7 @@ from kernels.sampling import draw, shape_logits
 from serving.engine import build
 from serving.engine.build import Built
 from serving.engine.control.base import Choice, StepReport, StepShape
+from serving.engine.control.fixed import FixedGamma
 from serving.engine.engine import Delivery, Engine
 from serving.engine.parameters import row_params
 from serving.engine.proposers.base import Offer
@@ -29,6 +32,16 @@ from serving.engine.recorder import Recorder
 from serving.engine.sequence import Sequence
 
 STEPS = 5000
+MIXED: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.7, "seed": 1},
+    {"temperature": 1.0, "seed": 2**64 - 5},
+    {"temperature": 1.3, "top_p": 0.8, "seed": 3},
+    {"temperature": 1.0, "top_k": 7, "seed": 4},
+    {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 5},
+    {"temperature": 0.3, "seed": 6},
+    {"temperature": 1.0, "seed": 7},
+]
 
 
 class Collected:
@@ -125,18 +138,43 @@ class Rig:
         return [heard[request.request_id] for request in requests]
 
 
-def build_rig(folder: Path, data: Path, *, draft: str | None = None, **engine: Any) -> Rig:
-    """Build an engine on the pair in `folder`; its swapper's thread is stopped."""
+def build_rig(folder: Path, data: Path, *, draft: str | None = None, exact: bool = False, **engine: Any) -> Rig:
+    """Build an engine on the pair in `folder`; its swapper's thread is stopped.
+
+    `exact` drafts in float32 even where the CPU would draft faster in bfloat16.
+    """
     settings = pair_settings(folder, data, draft=draft, engine=engine)
     database = open_database(settings.database)
     migrate(database)
     pair = prepare_pair(settings)
-    built = build.build_engine(settings, pair, database)
+    with pytest.MonkeyPatch.context() as patch:
+        if exact:
+            patch.setattr(build, "packing_works", lambda: False)
+        built = build.build_engine(settings, pair, database)
     if built.hotswap is not None:
         built.hotswap.stop()
+        if exact:
+            built.hotswap._slots._finish = lambda model: None
     rig = Rig(built, pair)
     rig.collect(settings.log)
     return rig
+
+
+@contextlib.contextmanager
+def shared_rigs(folder: Path, data: pytest.TempPathFactory) -> Iterator[Callable[..., Rig]]:
+    """Yield `rig_for(**build_rig's settings)`: one engine a combination, each time with three tokens a draft."""
+    built: dict[str, Rig] = {}
+
+    def rig_for(**settings: Any) -> Rig:
+        key = repr(sorted(settings.items()))
+        if key not in built:
+            built[key] = build_rig(folder, data.mktemp("data"), **settings)
+        built[key].engine.controller = FixedGamma(3)
+        return built[key]
+
+    yield rig_for
+    for rig in built.values():
+        rig.built.publisher.close()
 
 
 def prompts(vocab: int, lengths: SequenceOf[int] = (5, 17, 40, 3, 60, 9, 21, 33), seed: int = 0) -> list[list[int]]:
@@ -157,6 +195,16 @@ def request(
     )  # fmt: skip
 
 
+def requests_for(
+    ids: list[list[int]], samplings: list[dict[str, Any]], max_tokens: int, *, prefix: str = "", **more: Any
+) -> list[Sequence]:
+    """One request a prompt, named by its place, each with its own sampling; `more` is the same for all."""
+    return [
+        request(f"{prefix}{i}", prompt, max_tokens, arrived_s=float(i), **sampling, **more)
+        for i, (prompt, sampling) in enumerate(zip(ids, samplings, strict=True))
+    ]
+
+
 def counts_of(requests: list[Sequence]) -> Counts:
     """What all requests counted together, over all versions."""
     return sum((one for request in requests for one in request.by_version.values()), Counts())
@@ -173,9 +221,19 @@ def plain(model: Any, prompt: list[int], max_tokens: int, sampling: Sampling) ->
     return tokens[len(prompt) :]
 
 
+def plain_each(model: Any, ids: list[list[int]], samplings: list[dict[str, Any]], max_tokens: int) -> list[list[int]]:
+    """What `plain` says to each prompt with its own sampling."""
+    return [
+        plain(model, prompt, max_tokens, Sampling(**sampling)) for prompt, sampling in zip(ids, samplings, strict=True)
+    ]
+
+
 def reference_models(pair: Pair) -> tuple[Any, Any]:
     """Target and draft once more, with transformers' own attention, in float32."""
     return load_target(pair), load_draft(pair, torch.float32)
 
 
-__all__ = ["Changing", "Collected", "Delivery", "Rig", "build_rig", "counts_of", "plain", "prompts", "request"]
+__all__ = [
+    "MIXED", "Changing", "Collected", "Delivery", "Rig", "build_rig", "counts_of", "plain", "plain_each", "prompts",
+    "reference_models", "request", "requests_for", "shared_rigs",
+]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 from conftest import poll_until
+from tiny_pair import pair_settings, write_pair
 
 from adapter.database import migrate, open_database
 from adapter.facts import SERVING, Facts
@@ -104,6 +106,34 @@ class Processes:
         with openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120, **more) as client:
             yield client
 
+    def post(self, path: str, body: Any = None, **more: Any) -> httpx.Response:
+        """POST a JSON body; `more` is httpx's."""
+        return httpx.post(f"{self.url}{path}", **({"json": body, "timeout": 120} | more))
+
+    @contextlib.contextmanager
+    def stream(self, path: str, body: Any, **more: Any) -> Iterator[httpx.Response]:
+        """POST a JSON body and read the answer as it comes; `more` is httpx's."""
+        with httpx.stream("POST", f"{self.url}{path}", **({"json": body, "timeout": 120} | more)) as response:
+            yield response
+
+
+@contextlib.contextmanager
+def serving_tiny(
+    *, redis_url: str | None = None, chat_template: str | None = None, **settings: Any
+) -> Iterator[Processes]:
+    """Engine and API on a tiny pair of their own, ready for requests; with no `redis_url`, no log is ever reached."""
+    with short_folder() as folder:
+        target, _ = write_pair(folder)
+        if chat_template is not None:
+            (target / "chat_template.jinja").write_text(chat_template)
+        redis_url = redis_url or f"unix://{folder}/nobody.sock"
+        processes = Processes(pair_settings(folder, folder / "data", redis_url=redis_url, port=0, **settings))
+        try:
+            processes.start()
+            yield processes
+        finally:
+            processes.stop()
+
 
 def get(url: str, timeout_s: float = 10.0) -> tuple[int, str]:
     """GET; status 0 where nobody answers."""
@@ -117,14 +147,11 @@ def get(url: str, timeout_s: float = 10.0) -> tuple[int, str]:
         return 0, ""
 
 
-def cli(*arguments: str, env: dict[str, str] | None = None, timeout_s: float = 120.0) -> subprocess.CompletedProcess:
-    """Run `draftsmith` and wait for it."""
-    return subprocess.run(
-        [sys.executable, "-m", "serving.cli", *arguments], capture_output=True, text=True, timeout=timeout_s,
-        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **(env or {})}, stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
-
-
-def short_folder() -> Path:
-    """A folder whose path leaves room for socket names."""
-    return Path(tempfile.mkdtemp(prefix="dsd-", dir="/tmp"))
+@contextlib.contextmanager
+def short_folder() -> Iterator[Path]:
+    """A folder whose path leaves room for socket names, removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="dsd-", dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine
-from tiny_pair import END, SPECIAL, pair_settings, write_pair
+from tiny_pair import END, SPECIAL, pair_settings
 
 from adapter.contracts import ArtifactError, ConflictError, RegistryError, SettingsError
 from adapter.draft_vocab import TOKENS, VocabManifest, load_vocab, store_vocab
@@ -52,13 +52,6 @@ def pick(snapshot: CountSnapshot, size: int, always: tuple[int, ...] = (0, 1, 2)
 @pytest.fixture
 def registry(database: Engine) -> Vocabularies:
     return Vocabularies(database, clock=lambda: 1000.0)
-
-
-@pytest.fixture(scope="module")
-def pair_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    write_pair(folder)
-    return folder
 
 
 # -- files -----------------------------------------------------------------------------------
@@ -365,10 +358,10 @@ def test_any_counts_give_the_wanted_size(segments, size):
 # -- a pair ----------------------------------------------------------------------------------
 
 
-def test_a_pair_knows_its_special_tokens(pair_folder, tmp_path):
+def test_a_pair_knows_its_special_tokens(folder, tmp_path):
     """Special tokens of the tokenizer and end tokens of the configuration, several of them too."""
-    target = pair_folder / "tiny-target"
-    pair = prepare_pair(pair_settings(pair_folder, tmp_path))
+    target = folder / "tiny-target"
+    pair = prepare_pair(pair_settings(folder, tmp_path))
     width = target_vocab_size(pair)
     assert special_tokens(target, width).tolist() == list(range(len(SPECIAL)))
     copy = tmp_path / "copy"
@@ -379,9 +372,9 @@ def test_a_pair_knows_its_special_tokens(pair_folder, tmp_path):
     assert default_ranking(pair, width).tolist() == list(range(width))
 
 
-def test_building_says_what_is_missing(pair_folder, tmp_path):
+def test_building_says_what_is_missing(folder, tmp_path):
     """No counts and no shipped ranking, not smaller than the full one, another target's counts: refused by name."""
-    pair = prepare_pair(pair_settings(pair_folder, tmp_path))
+    pair = prepare_pair(pair_settings(folder, tmp_path))
     width = target_vocab_size(pair)
     mine = CountSnapshot(width, pair.target_fingerprint, {"chat": np.ones(width, np.uint32)})
     for snapshot, size, words in (

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import threading
 
 import pytest
+import structlog
 import torch
 from engine_rig import Rig, prompts, request
 from sqlalchemy import text
-from tiny_pair import pair_settings, random_factors, store_artifact, write_pair
+from tiny_pair import pair_settings, random_factors, store_artifact
 
 from adapter import artifacts
-from adapter.contracts import FLOOR_VERSION, ArtifactError
+from adapter.contracts import FLOOR_VERSION, ArtifactError, RegistryError
 from adapter.database import migrate, open_database
 from adapter.hotswap import check_finite
 from adapter.lora import base_weights
@@ -61,13 +63,6 @@ class Deployment:
 
     def folder_of(self, version: int):
         return self.settings.artifacts_dir / self.registry.draft(version).artifact_sha256
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    write_pair(folder)
-    return folder
 
 
 @pytest.fixture
@@ -181,6 +176,60 @@ def test_adapter_w4_w8_merged_weights_come_from_the_pristine_base_every_time(dep
             assert torch.equal(merged, (pristine[name].float() + update).to(merged.dtype))
     for name, weight in base_weights(slots.get(FLOOR_VERSION), modules).items():
         assert torch.equal(weight, pristine[name])
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_adapter_w4_weights_that_draft_now_are_not_written(deployment, pinned):
+    """While a forward of the draft is held up the registry moves twice; that model's weights stay what they were.
+
+    The pinned request drafts with the previous version, which the first move already drops.  Once a new
+    round has begun, the newest version is loaded, in no more slots than before.
+    """
+    versions = [deployment.publish(seed) for seed in range(4)]
+    for version in versions[:2]:
+        deployment.promote(version)
+        deployment.follow()
+    item = request("r", prompts(100)[0], 30)
+    item.version = versions[0] if pinned else None
+    modules, proposer = list(deployment.pair.lora_shapes), deployment.rig.engine.proposers.draft
+    forward, moved = proposer.runner.forward, []
+
+    def held_up(work, model=None):
+        before = {name: model.get_submodule(name).weight.clone() for name in modules}
+        if not moved:
+            for version in versions[2:]:
+                deployment.promote(version)
+                thread = threading.Thread(target=deployment.swapper.refresh)
+                thread.start()
+                thread.join()
+            moved.append(model)
+        assert all(torch.equal(weight, model.get_submodule(name).weight) for name, weight in before.items())
+        return forward(work, model)
+
+    proposer.runner.forward = held_up
+    deployment.rig.run([item], lambda step: deployment.swapper.refresh() if step else None)
+    assert moved
+    assert next(iter(item.by_version)) == (versions[0] if pinned else versions[1])
+    assert deployment.rig.engine.version == versions[3]
+    slots = deployment.swapper._slots
+    assert len(slots.versions) + len(slots._spare) + len(slots._retired) <= 4
+
+
+def test_who_drafts_for_a_pinned_request_changes_between_rounds_only(deployment):
+    """A pinned version that is dropped while a round runs is what drafts, and what is counted, to the round's end."""
+    versions = [deployment.publish(seed) for seed in range(3)]
+    for version in versions[:2]:
+        deployment.promote(version)
+        deployment.follow()
+    item, proposer = request("r", prompts(100)[0]), deployment.rig.engine.proposers.draft
+    item.version = versions[0]
+    before = proposer._drafter(item)
+    deployment.promote(versions[2])
+    deployment.swapper.refresh()
+    assert proposer._drafter(item) == before
+    assert before[0] == versions[0]
+    deployment.rig.engine.step()
+    assert proposer._drafter(item) == (versions[2], deployment.swapper.model)
 
 
 def test_slots_share_what_versions_cannot_change(deployment):
@@ -307,6 +356,28 @@ def test_a_refused_version_falls_back_to_the_one_before(deployment):
     assert deployment.follow().version == good
     assert deployment.registry.live().live == good
     assert deployment.swapper.generation == deployment.registry.live().generation
+
+
+def test_a_quarantine_that_cannot_be_written_is_said_once(deployment, monkeypatch):
+    """A registry that only reads lets a bad version stay wanted: each poll tries again, the log hears of it once."""
+    version = deployment.publish()
+    _flip(deployment, version)
+    deployment.promote(version)
+    tried = []
+
+    def refuse(*arguments, **more):
+        tried.append(arguments)
+        raise RegistryError("read only")
+
+    with monkeypatch.context() as patch, structlog.testing.capture_logs() as said:
+        patch.setattr(deployment.swapper._registry, "quarantine", refuse)
+        for _ in range(5):
+            assert deployment.follow().version == FLOOR_VERSION
+    assert len(tried) == 5
+    assert [entry["event"] for entry in said if "refused" in entry["event"] or "quarantine" in entry["event"]] == [
+        "draft_refused", "quarantine_not_written",
+    ]  # fmt: skip
+    _assert_refused(deployment, version, "sha256")
 
 
 def test_a_refused_candidate_does_not_spoil_the_draft_in_force(deployment, monkeypatch):

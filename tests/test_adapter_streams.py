@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 
@@ -23,6 +24,10 @@ def outcome(number: int) -> RequestOutcome:
         prompt_tokens=3, delivered_tokens=5, plain_rounds=0, by_version=(), accepted_by_position=(),
         queue_s=0.0, first_token_s=0.1, total_s=0.2, finished_at_s=1000.0,
     )  # fmt: skip
+
+
+def long_record(number: int, size: int) -> RequestOutcome:
+    return msgspec.structs.replace(outcome(number), request_id=f"r{number} " + "x" * size)
 
 
 @pytest.fixture
@@ -77,6 +82,51 @@ def test_the_stream_is_bounded(valkey: Any, publishers: Any, wait_for: WaitFor) 
         publisher.offer(keys.OUTCOMES, outcome(number))
     wait_for(lambda: publisher.stats().written == 1000)
     assert length(valkey) <= 50 + 100
+
+
+def test_long_entries_are_bounded_by_their_bytes(valkey: Any, publishers: Any, wait_for: WaitFor) -> None:
+    """A stream of long payloads keeps about `max_bytes` of them, far below the number of entries allowed."""
+    publisher = publishers(valkey.url, max_bytes=1_000_000, max_entries=20_000, queue_entries=2000)
+    for number in range(600):
+        publisher.offer(keys.BLOCKS, long_record(number, 40_000))
+    wait_for(lambda: publisher.stats().written == 600)
+    held = int(valkey.client.xlen(keys.BLOCKS))
+    assert 20 <= held <= 26
+    assert valkey.client.memory_usage(keys.BLOCKS, samples=0) < 1_500_000
+
+
+def test_a_full_server_is_logged_to_again(valkey: Any, publishers: Any, wait_for: WaitFor) -> None:
+    """A server at its limit refuses every XADD; room is made among the blocks, and what was queued is written."""
+    client = valkey.client
+    for _ in range(400):
+        client.xadd(keys.BLOCKS, {keys.PAYLOAD_FIELD: b"x" * 50_000})
+    client.config_set("maxmemory-policy", "noeviction")
+    client.config_set("maxmemory", client.info("memory")["used_memory"] - 1_000_000)
+    with pytest.raises(redis.exceptions.OutOfMemoryError):
+        client.xadd(keys.OUTCOMES, {keys.PAYLOAD_FIELD: b"x"}, maxlen=10)
+
+    publisher = publishers(valkey.url)
+    for number in range(100):
+        publisher.offer(keys.OUTCOMES, outcome(number))
+    wait_for(lambda: publisher.stats().written == 100)
+
+    assert length(valkey) == 100
+    assert 100 <= int(client.xlen(keys.BLOCKS)) <= 200
+    assert (publisher.stats().dropped, publisher.stats().connected) == (0, True)
+
+
+def test_a_stream_that_fills_a_small_server_never_stops_for_good(
+    valkey: Any, publishers: Any, wait_for: WaitFor
+) -> None:
+    """With a limit that does not fit the server, blocks go on being written, the newest among them."""
+    valkey.client.config_set("maxmemory-policy", "noeviction")
+    valkey.client.config_set("maxmemory", valkey.client.info("memory")["used_memory"] + 4_000_000)
+    publisher = publishers(valkey.url, max_entries=20_000, queue_entries=2000)
+    for number in range(800):
+        publisher.offer(keys.BLOCKS, long_record(number, 40_000))
+    wait_for(lambda: publisher.stats().written == 800)
+    newest = valkey.client.xrevrange(keys.BLOCKS, count=1)[0][1][keys.PAYLOAD_FIELD]
+    assert outcome_from_wire(newest).request_id.startswith("r799 ")
 
 
 def test_without_a_server_offers_are_counted_and_bounded(valkey: Any, publishers: Any, wait_for: WaitFor) -> None:
@@ -289,3 +339,16 @@ def test_a_client_never_waits_longer_than_told(valkey: Any) -> None:
     with pytest.raises(BROKEN):
         client.ping()
     assert not wait_until_up(client, 0.3)
+
+
+def test_a_group_that_cannot_be_made_is_an_error(valkey_client: redis.Redis) -> None:
+    """A full server refuses the group; the reader says so instead of trying for ever."""
+    valkey_client.config_set("maxmemory-policy", "noeviction")
+    valkey_client.config_set("maxmemory", 1)
+    reader = StreamReader(valkey_client, "s", "g", "one")
+    try:
+        with pytest.raises(redis.ResponseError):
+            reader.read(1)
+    finally:
+        valkey_client.config_set("maxmemory", 0)
+    assert reader.read(1) == []

@@ -87,6 +87,8 @@ def test_roles_share_settings_that_exist(name: str) -> None:
     assert {"REDIS_URL", "DATABASE_URL", "DRAFTSMITH_DATA_DIR"} <= set(environment)
     fields = {item.removeprefix("DRAFTSMITH_").lower() for item in environment if item.startswith("DRAFTSMITH_")}
     assert fields <= set(Settings.model_fields)
+    # A container's published port reaches only what listens on all its addresses.
+    assert environment["DRAFTSMITH_HOST"] == environment["DRAFTSMITH_DASHBOARD_HOST"] == "0.0.0.0"
     assert "data:/data" in SERVICES[name]["volumes"]
 
 

@@ -10,6 +10,7 @@ import pytest
 from adapter.contracts import SCHEMA_VERSION, Counts, RequestOutcome, Sampling, VersionCounts
 from monitors.advisor import Advice, EngineLoad, advise, load_of
 from monitors.traffic import TrafficWindow
+from serving.engine.control.fixed import FixedGamma
 from serving.engine.control.switchback import Step, Switchback
 
 
@@ -96,13 +97,35 @@ def test_what_would_pay_instead_is_said_with_its_number() -> None:
         "Prompt order" in line for line in advice(CHAT, msgspec.structs.replace(rag, cached_tokens=3600)).instead
     )
     steep = outcome(accepted_by_position=(30, 1, 0))
-    assert any("gamma" in line and "token 2" in line for line in advice(CHAT, steep).instead)
+    fixed = msgspec.structs.replace(CHAT, controller="fixed")
+    assert any("gamma" in line and "token 2" in line for line in advice(fixed, steep).instead)
     poor = Counts(num_rounds=40, num_drafted=80, num_examined=60, num_accepted=6)
     code = outcome(segment="code", by_version=(VersionCounts(version=1, counts=poor),))
     assert any("segment code" in line for line in advice(CHAT, outcome(), code, n=80).instead)
     assert any("Another draft" in line for line in advice(CHAT, code).instead)
     copied = outcome(unversioned=Counts(num_rounds=10, num_drafted=50, num_examined=50, num_accepted=45))
     assert any("Matching" in line for line in advice(CHAT, copied).instead)
+
+
+def test_an_adaptive_controller_is_given_no_advice_about_gamma() -> None:
+    """It drafts deep where that pays: half the rounds stop at one token, and those that go on keep every second."""
+    deep = outcome(accepted_by_position=(30, 3, 1))  # of 40 rounds 3 drafted a second token, and kept it each time
+    for name in ("adaptive", None):
+        said = advice(msgspec.structs.replace(CHAT, controller=name), deep)
+        assert not any("gamma" in line for line in said.instead)
+    assert load_of({"controller": {"controller": "adaptive"}}, prefix_cache=True).controller == "adaptive"
+    assert load_of({"controller": FixedGamma(2).explain()}, prefix_cache=True).controller == "fixed"
+
+
+def test_what_keeps_the_speed_up_unmeasured_is_said() -> None:
+    """No share helps under the fixed controller, and none while nothing is drafted."""
+    fixed, adaptive = (
+        advice(msgspec.structs.replace(CHAT, controller=name), outcome()).signals[0].sentence
+        for name in ("fixed", "adaptive")
+    )
+    assert "switchback_share" not in fixed
+    assert "engine.controller" in fixed
+    assert "drafts nothing" in adaptive
 
 
 def test_cancelled_requests_do_not_count() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -24,6 +25,7 @@ from adapter.facts import DRIFT, PAIR, WATCHER, Facts
 from adapter.jobs import Jobs
 from adapter.registry import Registry
 from adapter.settings import Settings
+from monitors.__main__ import listen
 from monitors.dashboard.app import HEADERS, create_app
 
 NOW = 1_000_000.0
@@ -217,6 +219,18 @@ def test_a_foreign_name_for_this_machine_is_refused(client: TestClient) -> None:
     assert 403 == client.get("/", headers={"Host": "evil.example"}).status_code
     assert 200 == client.get("/", headers={"Host": "localhost:8080"}).status_code
     assert 200 == client.get("/", headers={"Host": "[::1]:8080"}).status_code
+
+
+def test_the_apis_address_does_not_open_the_dashboard(database: Engine) -> None:
+    """Listening on every address for the API leaves the dashboard, which asks for no login, on this machine."""
+    for host, address, status in (("127.0.0.1", "127.0.0.1", 403), ("0.0.0.0", "0.0.0.0", 200)):
+        settings = Settings(
+            host="0.0.0.0", dashboard_port=0, **({} if host == "127.0.0.1" else {"dashboard_host": host})
+        )
+        with contextlib.closing(listen(settings)) as listener:
+            assert listener.getsockname()[0] == address
+        with TestClient(create_app(settings, database, clock=lambda: NOW), base_url="http://localhost") as client:
+            assert client.get("/", headers={"Host": "evil.example"}).status_code == status
 
 
 def test_a_form_without_a_generation_is_refused(client: TestClient, registry: Registry) -> None:

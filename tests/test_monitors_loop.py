@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import redis
@@ -444,3 +445,67 @@ def test_a_reader_that_restarts_takes_over_more_than_one_batch(valkey_url: str, 
         client.close()
 
     assert 1300 == counted
+
+
+def test_names_from_a_header_are_bounded_in_windows_and_detectors(valkey_url: str, database: Engine) -> None:
+    """Requests under 300 segment names make 64 of their own and one for the rest; a day later new names get places."""
+    bench = Bench(database, valkey_url)
+
+    def serve(prefix: str, count: int) -> None:
+        for number in range(count):
+            record = outcome(f"{prefix}{number}", bench.now, 0, 0.5)
+            bench.put(msgspec.structs.replace(record, segment=f"{prefix}{number}"))
+        bench.tick(20)
+
+    serve("a", 300)
+    first = {row.segment for row in Accounting(database).between(0.0)}
+    assert first == {f"a{number}" for number in range(64)} | {"other"}
+    assert sum(row.requests for row in Accounting(database).between(0.0)) == 300
+    assert len(bench.watcher.book.detectors(0)) <= 65
+
+    bench.restart()
+    serve("b", 5)
+    assert {row.segment for row in Accounting(database).between(0.0)} == first, "a restart is no way round the cap"
+
+    began = bench.now = bench.now + 90_000.0
+    serve("c", 5)
+    assert {row.segment for row in Accounting(database).between(began - 1)} == {f"c{number}" for number in range(5)}
+    assert {f"c{number}" for number in range(5)} <= set(bench.watcher.book.detectors(0))
+    assert len(bench.watcher.book.detectors(0)) <= 65
+
+
+def _serve_ends(bench: Bench, requests: int, level: float, every: int) -> None:
+    """Let ordinary requests of acceptance 0.5 end, one in `every` of them at `level` instead."""
+    for number in range(requests):
+        bench.sent += 1
+        own = level if number % every == 0 else 0.5
+        bench.put(outcome(f"r{bench.sent}", bench.now, bench.registry.live().live, own))
+        if number % 10 == 9:
+            bench.tick()
+
+
+@pytest.mark.parametrize(("level", "rule"), [(0.0, "AcceptanceNearZero"), (1.0, "AcceptanceNearOne")])
+def test_monitors_q2_both_ends_of_acceptance_alarm(bench: Bench, level: float, rule: str) -> None:
+    """More requests at one end raise that end's alert, survive a restart, and resolve when they are gone."""
+    _serve_ends(bench, 200, level, 20)  # one in twenty is this segment's habit
+    assert bench.firing() & {"AcceptanceNearZero", "AcceptanceNearOne"} == set()
+    _serve_ends(bench, 100, level, 2)
+    assert rule in bench.firing()
+    bench.restart()
+    bench.tick()
+    told = [alert for alert in Alerts(bench.database).latest() if alert.rule == rule]
+    assert len(told) == 1
+    assert "rose from 5%" in told[0].summary
+    _serve_ends(bench, 600, level, 20)
+    assert rule not in bench.firing()
+
+
+def test_monitors_q2_a_loop_is_seen_though_the_mean_stays(bench: Bench) -> None:
+    """Half of the requests at one end and half at the other leave the mean where it was: only the ends speak."""
+    bench.serve(150, 0.5)
+    for _ in range(60):
+        _serve_ends(bench, 1, 0.0, 1)
+        _serve_ends(bench, 1, 1.0, 1)
+    bench.tick(2)  # one to read them, one to look
+    assert {"AcceptanceNearZero", "AcceptanceNearOne"} <= bench.firing()
+    assert "AcceptanceDrift" not in bench.firing()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +14,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import torch
 from engine_rig import plain
-from processes import Processes, get, short_folder
-from tiny_pair import END, pair_settings, write_pair
+from processes import Processes, get, serving_tiny
+from tiny_pair import END
 from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
 
 from adapter.contracts import Sampling
 from adapter.settings import LogSettings
@@ -33,37 +30,12 @@ N = 24
 @pytest.fixture(scope="module")
 def service(_valkey_server) -> Iterator[Processes]:
     """Engine and API on the tiny pair, with four places, eight seats to wait in and a log that holds four entries."""
-    folder = short_folder()
-    write_pair(folder)
     _valkey_server.start()
-    settings = pair_settings(
-        folder, folder / "data", redis_url=_valkey_server.url, port=0,
+    with serving_tiny(
+        redis_url=_valkey_server.url, log=LogSettings(queue_entries=4, timeout_s=0.3, retry_s=0.1),
         engine={"max_batch": 4, "max_waiting": 8, "max_model_len": 500, "kv_tokens": 4096},
-        log=LogSettings(queue_entries=4, timeout_s=0.3, retry_s=0.1),
-    )  # fmt: skip
-    processes = Processes(settings)
-    try:
-        processes.start()
-        yield processes
-    finally:
-        processes.stop()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture
-def client(service) -> Iterator[openai.OpenAI]:
-    with service.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def model(service) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(service.settings.target).eval()
-
-
-@pytest.fixture(scope="module")
-def text(service) -> TargetText:
-    return TargetText(Path(service.settings.target))
+    ) as service:  # fmt: skip
+        yield service
 
 
 @pytest.fixture(scope="module")
@@ -78,28 +50,13 @@ def known(model, text) -> tuple[str, int, list[int], str]:
     raise AssertionError("no seed gives plain text")
 
 
-@pytest.fixture(scope="module")
-def endless(model, text) -> str:
-    """A prompt that greedy decoding answers for hundreds of tokens without an end token."""
-    for word in ("the", "and", "thing", "user", "in", "on", "er", "as", "re", "us"):
-        ids = torch.tensor([text.encode(word)])
-        said = model.generate(ids, max_new_tokens=440, do_sample=False, eos_token_id=END, pad_token_id=0)
-        if said.shape[1] - ids.shape[1] == 440:
-            return word
-    raise AssertionError("every prompt ends")
-
-
-def _post(service: Processes, path: str, body: Any, **more: Any) -> httpx.Response:
-    return httpx.post(f"{service.url}{path}", timeout=120, **({"json": body} | more))
-
-
 def _complete(service: Processes, **body: Any) -> httpx.Response:
-    return _post(service, "/v1/completions", {"model": MODEL, "prompt": "the", "max_tokens": 2} | body)
+    return service.post("/v1/completions", {"model": MODEL, "prompt": "the", "max_tokens": 2} | body)
 
 
 def _chat(service: Processes, **body: Any) -> httpx.Response:
     base = {"model": MODEL, "messages": [{"role": "user", "content": "the"}], "max_tokens": 2}
-    return _post(service, "/v1/chat/completions", base | body)
+    return service.post("/v1/chat/completions", base | body)
 
 
 def _assert_error(response: httpx.Response, status: int, param: str | None, *words: str) -> None:
@@ -364,14 +321,11 @@ def test_wrong_model_too_long_bad_json_unknown_path(service):
     _assert_error(_chat(service, messages=[{"role": "user", "content": "?" * 501}]), 400, "messages", "500")
     _assert_error(_complete(service, prompt=[5] * 100, max_tokens=401), 400, "max_tokens", "500")
     assert _complete(service, prompt=[5] * 100, max_tokens=400, temperature=0, stop=["the"]).status_code == 200
-    broken = httpx.post(
-        f"{service.url}/v1/completions", content=b'{"model": ', headers={"content-type": "application/json"}
-    )
+    broken = service.post("/v1/completions", content=b'{"model": ', headers={"content-type": "application/json"})
     _assert_error(broken, 400, None, "JSON")
-    _assert_error(_post(service, "/v1/embeddings", {}), 404, None)
-    response = httpx.post(
-        f"{service.url}/v1/completions", json={"model": MODEL, "prompt": "a"}, headers={"x-draftsmith-segment": "a b"}
-    )
+    _assert_error(service.post("/v1/embeddings", {}), 404, None)
+    body = {"model": MODEL, "prompt": "a"}
+    response = service.post("/v1/completions", body, headers={"x-draftsmith-segment": "a b"})
     _assert_error(response, 400, "x-draftsmith-segment")
 
 
@@ -426,7 +380,7 @@ def test_a_stream_that_is_left_frees_its_place(service, endless, wait_for):
     """Closing the connection after the first chunk ends the request in the engine (A4)."""
     before = _cancelled(service)
     body = {"model": MODEL, "prompt": endless, "max_tokens": 440, "temperature": 0, "stream": True}
-    with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=60) as response:
+    with service.stream("/v1/completions", body, timeout=60) as response:
         next(response.iter_lines())
     wait_for(lambda: _cancelled(service) == before + 1)
     wait_for(service.idle)
@@ -437,7 +391,7 @@ def test_a_whole_answer_that_is_left_frees_its_place(service, endless, wait_for)
     before = _cancelled(service)
     body = {"model": MODEL, "prompt": endless, "max_tokens": 440, "temperature": 0, "speculative": {"enabled": False}}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{service.url}/v1/completions", json=body, timeout=0.15)
+        service.post("/v1/completions", body, timeout=0.15)
     wait_for(lambda: _cancelled(service) == before + 1)
     wait_for(service.idle)
 
@@ -447,8 +401,7 @@ def test_clients_that_leave_before_the_first_token_free_their_seats(service, end
     body = {"model": MODEL, "prompt": endless, "max_tokens": 440, "temperature": 0, "stream": True}
 
     def leave(_index: int) -> None:
-        url = f"{service.url}/v1/completions"
-        with suppress(httpx.TimeoutException), httpx.stream("POST", url, json=body, timeout=0.2) as response:
+        with suppress(httpx.TimeoutException), service.stream("/v1/completions", body, timeout=0.2) as response:
             next(response.iter_lines())
 
     with ThreadPoolExecutor(8) as pool:
@@ -537,7 +490,7 @@ def test_a_restarted_api_finds_the_engine(service, endless, known, wait_for):
     """An API process that was killed leaves requests behind; its successor ends them and serves on."""
     prompt, seed, _, answer = known
     body = {"model": MODEL, "prompt": endless, "max_tokens": 440, "temperature": 0, "stream": True}
-    with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=60) as response:
+    with service.stream("/v1/completions", body, timeout=60) as response:
         next(response.iter_lines())
         service.api.kill()
         service.api.wait(10)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 import torch
 from engine_rig import plain
-from processes import Processes, get, short_folder
-from tiny_pair import END, pair_settings, write_pair
+from processes import Processes, get, serving_tiny
+from tiny_pair import END
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from adapter.contracts import Sampling
@@ -41,41 +38,16 @@ TOOL = {
 @pytest.fixture(scope="module")
 def service(_valkey_server) -> Iterator[Processes]:
     """Engine and API on the tiny pair, whose chat template knows tools."""
-    folder = short_folder()
-    target, _ = write_pair(folder)
-    (target / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
     _valkey_server.start()
-    settings = pair_settings(
-        folder, folder / "data", redis_url=_valkey_server.url, port=0, log=LogSettings(enabled=False),
+    with serving_tiny(
+        redis_url=_valkey_server.url, chat_template=TOOLS_TEMPLATE, log=LogSettings(enabled=False),
         engine={"max_batch": 4, "max_waiting": 64, "max_model_len": 500, "kv_tokens": 4096},
-    )  # fmt: skip
-    processes = Processes(settings)
-    try:
-        processes.start()
-        yield processes
-    finally:
-        processes.stop()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture
-def client(service) -> Iterator[openai.OpenAI]:
-    with service.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def model(service) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(service.settings.target).eval()
-
-
-@pytest.fixture(scope="module")
-def text(service) -> TargetText:
-    return TargetText(Path(service.settings.target))
+    ) as service:  # fmt: skip
+        yield service
 
 
 def _post(service: Processes, path: str, **body: Any) -> dict[str, Any]:
-    response = httpx.post(f"{service.url}{path}", json=body, timeout=120)
+    response = service.post(path, body)
     assert response.status_code == 200, response.text
     return dict(response.json())
 
@@ -90,7 +62,7 @@ def _chat(service: Processes, **body: Any) -> dict[str, Any]:
 
 
 def _stream(service: Processes, path: str, **body: Any) -> list[dict[str, Any]]:
-    with httpx.stream("POST", f"{service.url}{path}", json={**body, "stream": True}, timeout=120) as response:
+    with service.stream(path, {**body, "stream": True}) as response:
         assert response.status_code == 200
         lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     assert lines[-1] == "[DONE]"
@@ -234,14 +206,12 @@ def test_serving_n3_speculation_is_reported_on_request_only(service):
     assert len(told["acceptance_histogram"]) == 4
     assert sum(told["acceptance_histogram"]) == told["num_spec_steps"] > 0
     assert told["num_accepted_draft_tokens"] == sum(told["num_accepted_tokens_per_pos"]) <= told["num_draft_tokens"]
-    response = httpx.post(
-        f"{service.url}/v1/completions", headers={"X-Draftsmith-Spec-Metrics": "summary"}, timeout=120,
-        json={"model": MODEL, "prompt": "the", "max_tokens": N, "seed": 3, "speculative": {"enabled": False}},
-    )  # fmt: skip
+    body = {"model": MODEL, "prompt": "the", "max_tokens": N, "seed": 3, "speculative": {"enabled": False}}
+    response = service.post("/v1/completions", body, headers={"X-Draftsmith-Spec-Metrics": "summary"})
     plainly = response.json()["metrics"]["speculative_decoding"]
     assert (plainly["num_spec_steps"], plainly["num_draft_tokens"], plainly["draft_acceptance_rate"]) == (0, 0, None)
     assert plainly["num_plain_steps"] == response.json()["usage"]["completion_tokens"]
-    body = {"model": MODEL, "prompt": "the", "max_tokens": N, "seed": 3, "speculative": {"gamma": 3}}
+    body |= {"speculative": {"gamma": 3}}
     last = _stream(service, "/v1/completions", **body, spec_metrics="summary", stop=["e"])[-1]
     assert last["metrics"]["speculative_decoding"]["num_spec_tokens"] == 3
     assert last["choices"] == []
@@ -265,7 +235,7 @@ def test_echo_repeats_the_prompt(service, text):
     events = _stream(service, "/v1/completions", model=MODEL, prompt="the", max_tokens=N, seed=3, echo=True)
     assert "".join(event["choices"][0]["text"] for event in events) == "the" + plain_text
     body = {"model": MODEL, "prompt": "the", "echo": True, "logprobs": 1}
-    refused = httpx.post(f"{service.url}/v1/completions", json=body)
+    refused = service.post("/v1/completions", body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "echo")
 
 
@@ -352,7 +322,7 @@ def test_tools_reach_the_prompt_as_transformers_renders_them(service, client, te
 def test_what_tools_cannot_do_here_is_refused_by_name(service, more, param):
     """Forced calls, one call at a time and strict arguments are a 400."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "tools": [TOOL]} | more
-    refused = httpx.post(f"{service.url}/v1/chat/completions", json=body)
+    refused = service.post("/v1/chat/completions", body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
@@ -376,7 +346,7 @@ def test_tokenize_and_detokenize(service, text):
         ("/tokenize", {"prompt": "a", "model": "x"}, "model"), ("/detokenize", {"tokens": [99999]}, "tokens"),
         ("/tokenize", {"prompt": "a", "truncate": 1}, "truncate"),
     ):  # fmt: skip
-        refused = httpx.post(f"{service.url}{path}", json=body)
+        refused = service.post(path, body)
         assert refused.status_code in (400, 404)
         assert refused.json()["error"]["param"] == param
 
@@ -386,10 +356,8 @@ def test_version_and_request_ids(service):
     assert json.loads(get(f"{service.url}/version")[1])["version"]
     for given, kept in (("my-id.1", True), ("a b", False)):
         for _ in range(2):  # the same id twice is two requests
-            response = httpx.post(
-                f"{service.url}/v1/completions", json={"model": MODEL, "prompt": "a", "max_tokens": 2},
-                headers={"X-Request-Id": given}, timeout=60,
-            )  # fmt: skip
+            body = {"model": MODEL, "prompt": "a", "max_tokens": 2}
+            response = service.post("/v1/completions", body, headers={"X-Request-Id": given})
             assert (response.headers["X-Request-Id"] == given) is kept
             assert response.json()["id"] == f"cmpl-{response.headers['X-Request-Id']}"
     assert httpx.get(f"{service.url}/nothing", headers={"X-Request-Id": "q"}).headers["X-Request-Id"] == "q"

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import socket
 import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import openai
 import pytest
-import torch
-from deployment import Deployment, alive
-from processes import Processes, get, short_folder
-from tiny_pair import END, pair_settings, write_pair
-from transformers import LlamaForCausalLM
+from deployment import alive, tiny_deployment
+from processes import Processes, get, serving_tiny
 
 from adapter.settings import ApiSettings, LogSettings
-from serving.api.text import TargetText
 
 MODEL = "tiny-target"
 KEY = "sesame-open"
@@ -31,41 +25,15 @@ LONG = 440
 
 
 @pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    folder = short_folder()
-    write_pair(folder)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def endless(folder) -> str:
-    """A prompt that greedy decoding answers for hundreds of tokens without an end token."""
-    model = LlamaForCausalLM.from_pretrained(folder / "tiny-target").eval()
-    text = TargetText(folder / "tiny-target")
-    for word in ("the", "and", "thing", "user", "in", "on", "er", "as", "re", "us"):
-        ids = torch.tensor([text.encode(word)])
-        said = model.generate(ids, max_new_tokens=LONG, do_sample=False, eos_token_id=END, pad_token_id=0)
-        if said.shape[1] - ids.shape[1] == LONG:
-            return word
-    raise AssertionError("every prompt ends")
-
-
-@pytest.fixture(scope="module")
-def service(folder, _valkey_server) -> Iterator[Processes]:
+def service(_valkey_server) -> Iterator[Processes]:
     """Engine and API with a key, small bodies, and half a minute to leave."""
     _valkey_server.start()
-    settings = pair_settings(
-        folder, folder / "data", redis_url=_valkey_server.url, port=0, log=LogSettings(enabled=False),
+    with serving_tiny(
+        redis_url=_valkey_server.url, log=LogSettings(enabled=False),
         engine={"max_batch": 2, "max_waiting": 8, "max_model_len": 500, "kv_tokens": 4096},
         api=ApiSettings(keys=(KEY,), max_body_bytes=4096, drain_s=120.0),
-    )  # fmt: skip
-    processes = Processes(settings)
-    try:
-        processes.start()
-        yield processes
-    finally:
-        processes.stop()
+    ) as service:  # fmt: skip
+        yield service
 
 
 def _headers(**more: str) -> dict[str, str]:
@@ -116,7 +84,7 @@ def test_a_long_body_is_a_413(service):
     """The body limit answers by name, to announced and chunked bodies, and the server serves on."""
     body = json.dumps({"model": MODEL, "prompt": "a" * 5000}).encode()
     for content in (body, iter([body[:100], body[100:]])):
-        response = httpx.post(f"{service.url}/v1/completions", content=content, headers=_headers())
+        response = service.post("/v1/completions", content=content, headers=_headers())
         assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
         assert "4096" in response.json()["error"]["message"]
     assert get(f"{service.url}/ready")[0] == 200
@@ -153,9 +121,7 @@ def test_sigterm_lets_answers_end(service, endless, wait_for):
     assert api is not None
 
     def stream() -> None:
-        with httpx.stream(
-            "POST", f"{url}/v1/completions", json=_body(endless), headers=_headers(), timeout=120
-        ) as response:
+        with service.stream("/v1/completions", _body(endless), headers=_headers()) as response:
             lines = []
             for line in response.iter_lines():
                 lines.append(line)
@@ -186,9 +152,7 @@ def test_a_second_signal_ends_them_in_words(service, endless, wait_for):
     """Told twice, the server ends what runs with an error event and leaves; the engine's slot is free."""
     api = service.api
     assert api is not None
-    with httpx.stream(
-        "POST", f"{service.url}/v1/completions", json=_body(endless), headers=_headers(), timeout=60
-    ) as response:
+    with service.stream("/v1/completions", _body(endless), headers=_headers(), timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         with _frozen(service):
@@ -204,13 +168,10 @@ def test_a_second_signal_ends_them_in_words(service, endless, wait_for):
     wait_for(lambda: _idle(service))
 
 
-def test_a_supervisor_keeps_the_engine_for_the_last_answers(folder, endless):
+def test_a_supervisor_keeps_the_engine_for_the_last_answers(endless):
     """SIGTERM to `draftsmith serve` while a stream runs: the stream is complete, the end is clean, nothing is left."""
-    deployment = Deployment(
-        folder / "serve", ["--target", str(folder / "tiny-target"), "--draft", str(folder / "tiny-draft")],
-        sections={"engine": {"max_batch": 2, "max_model_len": 500, "kv_tokens": 4096, "threads": 1}}, command="serve",
-    )  # fmt: skip
-    try:
+    engine = {"max_batch": 2, "max_model_len": 500, "kv_tokens": 4096, "threads": 1}
+    with tiny_deployment("serve", engine=engine) as deployment:
         deployment.start()
         pids = set(deployment.pids().values())
         with httpx.stream("POST", f"{deployment.url}/v1/completions", json=_body(endless), timeout=60) as response:
@@ -222,5 +183,3 @@ def test_a_supervisor_keeps_the_engine_for_the_last_answers(folder, endless):
         assert '"finish_reason":"length"' in rest
         assert deployment.process.wait(60) == 0
         assert not alive(pids)
-    finally:
-        deployment.close()

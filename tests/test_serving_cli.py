@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from adapter.alerting import Alerts
 from adapter.database import migrate, open_database
-from adapter.facts import ADVICE, PAIR, SERVING, Facts
+from adapter.facts import ADVICE, ENGINE, PAIR, SERVING, Facts
 from adapter.registry import Registry
-from serving import cli
+from adapter.settings import Settings
+from serving import cli, cli_views
 
 Ran = tuple[int, str, str]
 
@@ -127,7 +129,67 @@ def test_what_the_registry_refuses_is_one_line(run, data, arguments, words):
     _assert_refused(run(*arguments, "--data-dir", data), *words)
 
 
+def test_square_brackets_are_shown_as_they_are(run, data):
+    """Text from others is no markup: tags are shown, and one that closes nothing ends no command."""
+    database = open_database(f"sqlite:///{data / 'draftsmith.db'}")
+    registry = Registry(database)
+    registry.publish(
+        parent=0, state="rejected", artifact_sha256="c" * 64, artifact_bytes=1, trained_on={"[/]": "[red]"}, gate={},
+        reason="[/bold] lost [red]all[/red]", job_id=None, actor="trainer",
+    )  # fmt: skip
+    Alerts(database).open("AcceptanceDrift", "[x]", "ticket", "segment [/x] fell", {})
+    facts = Facts(database)
+    facts.put(PAIR, facts.get(PAIR) | {"target_name": "[/tiny]"})
+    for arguments, words in (
+        (("drafts", "list"), "[/bold] lost [red]all[/red]"),
+        (("drafts", "show", 3), "[/bold] lost [red]all[/red]"),
+        (("status",), "segment [/x] fell"),
+        (("status",), "[/tiny] (float32)"),
+    ):
+        status, out, _ = run(*arguments, "--data-dir", data)
+        assert (status, words in out) == (0, True), out
+    _assert_refused(run("status", "--data-dir", data / "[/no]"), "[/no] holds no deployment")
+
+
+def test_a_database_that_cannot_be_read_is_one_line(run, data):
+    """A file that is no database is said to be unusable, without a traceback."""
+    for path in data.glob("draftsmith.db*"):
+        path.write_bytes(b"this is not SQLite" * 100)
+    _assert_refused(run("status", "--data-dir", data), "the database cannot be used", "not a database")
+
+
+def test_a_database_that_is_away_does_not_end_the_supervisor(data, monkeypatch):
+    """While SQL cannot be read nothing is announced and nothing is raised; afterwards it is looked at again."""
+    announcement = cli_views._Announcement(Settings(data_dir=data), with_dashboard=False)
+    announcement.look()
+    database = data / "draftsmith.db"
+    kept = database.read_bytes()
+    announcement._facts = None
+    for path in data.glob("draftsmith.db*"):
+        path.write_bytes(b"this is not SQLite" * 100)
+    announcement._next_s = 0.0
+    announcement.look()
+    assert announcement._said_away
+    for path in data.glob("draftsmith.db*"):
+        path.unlink()
+    database.write_bytes(kept)
+    announcement._next_s, asked = 0.0, []
+    monkeypatch.setattr(cli_views, "_answers", lambda url: asked.append(url))
+    announcement.look()
+    assert asked == ["http://127.0.0.1:1/ready"]
+
+
 # -- status ----------------------------------------------------------------------------------
+
+
+def test_status_says_whether_the_log_is_written(run, data):
+    """Nothing while no engine spoke; then what is written, or that nothing is."""
+    assert json.loads(run("status", "--data-dir", data, "--json")[1])["log"] is None
+    facts = Facts(open_database(f"sqlite:///{data / 'draftsmith.db'}"))
+    facts.put(ENGINE, {"log_connected": True, "log_written": 70, "log_dropped": 3})
+    assert "70 entries written, 3 dropped" in run("status", "--data-dir", data)[1]
+    facts.put(ENGINE, {"log_connected": False, "log_written": 70, "log_dropped": 9})
+    assert "Redis is gone or full; 9 entries dropped" in run("status", "--data-dir", data)[1]
 
 
 def test_status_works_while_nothing_runs(run, data):

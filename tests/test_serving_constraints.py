@@ -12,20 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from engine_rig import Changing, Rig, build_rig, counts_of, prompts, reference_models, request
+from engine_rig import Changing, Rig, counts_of, prompts, reference_models, request, shared_rigs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from tiny_pair import END, write_pair
+from tiny_pair import END
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from adapter.contracts import Sampling
 from kernels.sampling import draw
 from serving import ipc
-from serving.engine import build
 from serving.engine.admission import Admission, Refusal
 from serving.engine.constraints import constraints_for
-from serving.engine.control.fixed import FixedGamma
 from serving.engine.parameters import row_params
 from serving.engine.sequence import Sequence
 
@@ -91,30 +89,9 @@ def defined(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    write_pair(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def rig_for(folder, tmp_path_factory) -> Iterator[Callable[..., Rig]]:
-    """Return `rig_for(exact=False, **engine settings)`; one engine a combination."""
-    built: dict[str, Rig] = {}
-
-    def get(exact: bool = False, **engine: Any) -> Rig:
-        key = repr((exact, sorted(engine.items())))
-        if key not in built:
-            with pytest.MonkeyPatch.context() as patch:
-                if exact:  # a draft in float32, so that the target can be its own
-                    patch.setattr(build, "packing_works", lambda: False)
-                built[key] = build_rig(folder, tmp_path_factory.mktemp("data"), **engine)
-        built[key].engine.controller = FixedGamma(3)
-        return built[key]
-
-    yield get
-    for rig in built.values():
-        rig.built.publisher.close()
+    with shared_rigs(folder, tmp_path_factory) as rig_for:
+        yield rig_for
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,6 @@ from control_simulator import (
 from engine_rig import Rig, build_rig, counts_of, prompts
 from engine_rig import request as real_request
 from scipy import stats
-from tiny_pair import write_pair
 
 from adapter.contracts import Sampling
 from adapter.database import migrate, open_database
@@ -47,6 +46,7 @@ from serving.engine.control.cost_model import CostModel
 from serving.engine.control.cost_table import (
     CostTable,
     Curve,
+    beaten,
     curve_from,
     fingerprint_of,
     load_or_measure,
@@ -54,6 +54,7 @@ from serving.engine.control.cost_table import (
     sizes_up_to,
 )
 from serving.engine.control.posterior import Beliefs, match_bucket
+from serving.engine.control.priors import START, Prior
 from serving.engine.control.search import Problem, price
 from serving.engine.control.switchback import SIDE_STEPS, WINDOW_STEPS, Bypass, Speedup, Step, Switchback, _half_width
 from serving.engine.parameters import row_params
@@ -116,7 +117,10 @@ def test_a_table_of_a_busy_machine_is_not_kept(tmp_path: Path) -> None:
     calls = []
     for _ in range(2):
         table = load_or_measure(
-            tmp_path, "f", lambda: calls.append(1) or CostTable("f", curve, None, 0.0, 0.0, 0.0, settled=False)
+            tmp_path,
+            "f",
+            lambda: calls.append(1) or CostTable("f", curve, None, 0.0, 0.0, 0.0, settled=False),
+            _current,
         )
         assert table.target == curve
     assert len(calls) == 2
@@ -135,8 +139,8 @@ def test_a_damaged_table_is_measured_again(tmp_path: Path, damage: Any) -> None:
         calls.append(1)
         return table
 
-    assert load_or_measure(tmp_path, fingerprint, measure) == table
-    assert load_or_measure(tmp_path, fingerprint, measure) == table
+    assert load_or_measure(tmp_path, fingerprint, measure, _current) == table
+    assert load_or_measure(tmp_path, fingerprint, measure, _current) == table
     assert len(calls) == 1, "the second start measured although the file was good"
     (path,) = tmp_path.glob("*.json")
     text = json.loads(path.read_text())
@@ -147,16 +151,38 @@ def test_a_damaged_table_is_measured_again(tmp_path: Path, damage: Any) -> None:
     elif damage == "other pair":
         text["fingerprint"] = "another"
     path.write_bytes(json.dumps(text).encode() if isinstance(damage, str) else damage)
-    assert load_or_measure(tmp_path, fingerprint, measure) == table
+    assert load_or_measure(tmp_path, fingerprint, measure, _current) == table
     assert len(calls) == 2
-    assert load_or_measure(tmp_path, fingerprint, measure) == table
+    assert load_or_measure(tmp_path, fingerprint, measure, _current) == table
     assert len(calls) == 2, "the new table was not kept"
 
 
 def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
     """Where the cache folder is a file, the table is measured and the engine starts."""
     (tmp_path / "costs").write_text("not a folder")
-    assert load_or_measure(tmp_path / "costs", "f", gpu_table) == gpu_table()
+    assert load_or_measure(tmp_path / "costs", "f", gpu_table, _current) == gpu_table()
+
+
+def _current(table: CostTable) -> bool:
+    return False
+
+
+def test_a_table_of_a_busy_machine_is_measured_again(tmp_path: Path) -> None:
+    """Forwards a quarter faster than the kept curve prove it wrong at the next start; slower ones prove nothing."""
+    kept, quiet = gpu_table(), scaled(gpu_table(), 0.75, 0.75)
+
+    def start(now: CostTable) -> CostTable:
+        return load_or_measure(
+            tmp_path,
+            kept.fingerprint,
+            lambda: now,
+            lambda table: beaten(table.target, lambda rows, _: now.target.at(rows)),
+        )
+
+    assert start(kept) == kept
+    assert start(scaled(kept, 3.0, 3.0)) == kept
+    assert start(quiet) == quiet
+    assert start(kept) == quiet
 
 
 def test_the_fingerprint_covers_every_fact() -> None:
@@ -170,7 +196,7 @@ def test_the_fingerprint_covers_every_fact() -> None:
 
 
 def _report(step: int, target_s: float, forwards: tuple[int, ...] = (), propose_s: float = 0.0) -> StepReport:
-    item = RoundReport(request("r"), "draft" if forwards else None, len(forwards), 0)
+    item = RoundReport(request("r"), "draft" if forwards else None, len(forwards), 0, 1)
     return StepReport(SHAPE, [item], 1 + len(forwards), forwards, propose_s, target_s, propose_s + target_s + 0.002)
 
 
@@ -201,7 +227,9 @@ def test_drawing_from_a_law_is_told_apart_from_the_forward() -> None:
         gamma = rng.choice((0, 1, 3, 7))
         sampled = (gamma + 1) * (item.sampling.temperature > 0)
         seconds = 1.3 * truth.target_s(gamma + 1, 500) + 0.5 * sampled * 4e-3
-        costs.observe(StepReport(SHAPE, [RoundReport(item, "ngram", gamma, 0)], gamma + 1, (), 0.0, seconds, seconds))
+        costs.observe(
+            StepReport(SHAPE, [RoundReport(item, "ngram", gamma, 0, 1)], gamma + 1, (), 0.0, seconds, seconds)
+        )
     assert costs.target_correction.factor == pytest.approx(1.3, rel=0.05)
     assert costs.sample_s == pytest.approx(2e-3, rel=0.15)
 
@@ -465,7 +493,7 @@ def test_reading_a_backlog_is_charged() -> None:
     shape = StepShape(0, 500, 1)
     for _ in range(60):
         chooser.choose([known], [{"draft": Offer(4, backlog_tokens=1)}], shape)
-        chooser.observe(StepReport(shape, [RoundReport(known, "draft", 4, 3)], 5, (1,) * 4, 0.033, 0.045, 0.081))
+        chooser.observe(StepReport(shape, [RoundReport(known, "draft", 4, 3, 4)], 5, (1,) * 4, 0.033, 0.045, 0.081))
     ends = request("ends", max_tokens=12)
     near = chooser.choose([ends], [{"draft": Offer(4, backlog_tokens=1)}], shape)
     far = chooser.choose([ends], [{"draft": Offer(4, backlog_tokens=20_000)}], shape)
@@ -515,7 +543,7 @@ def _maximal_run(peek: bool) -> list[int]:
             new = [*drafted[:kept], token]
             item.tokens += new
             emitted += new
-            rounds.append(RoundReport(item, "draft" if drafted else None, len(drafted), kept))
+            rounds.append(RoundReport(item, "draft" if drafted else None, len(drafted), kept, kept + 1))
         chooser.observe(StepReport(shape, rounds, batch, (batch,), 1e-3, 6e-3, 8e-3))
     return emitted
 
@@ -758,10 +786,8 @@ def test_explain_without_an_api_says_what_to_do(
 
 
 @pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory) -> Rig:
+def rig(folder: Path) -> Rig:
     """An engine on the tiny pair with the adaptive controller, its costs measured."""
-    folder = tmp_path_factory.mktemp("pair")
-    write_pair(folder)
     return build_rig(folder, folder / "data", controller="adaptive", switchback_share=0.2, explore_share=0.1)
 
 
@@ -775,6 +801,38 @@ def test_timing_the_pair_leaves_no_trace(rig: Rig) -> None:
     assert isinstance(table, CostTable)
     assert isinstance(table.draft, Curve)
     assert table.target.rows[0] == 1
+
+
+def test_the_round_that_ends_a_request_is_learned_from(folder: Path, tmp_path: Path) -> None:
+    """Answers of one round, all accepted: the kind hears of every one, and nothing of the requests stays."""
+    rig = build_rig(folder, tmp_path, draft=str(folder / "tiny-target"), exact=True, controller="adaptive")
+    chooser = rig.engine.controller
+    assert isinstance(chooser, AdaptiveController)
+    rig.run([real_request(f"r{i}", text, 2, gamma=1) for i, text in enumerate(prompts(100))])
+    whole = [prior for kind, prior in chooser.beliefs.priors.items() if kind[0] == "" and kind[2] == "draft"]
+    assert [prior.examined >= START[1] + len(prompts(100)) - 1 for prior in whole] == [True]
+    assert whole[0].mean > 0.8
+    assert chooser.beliefs.explain()["requests"] == []
+    rig.built.publisher.close()
+
+
+def test_a_backlog_that_grows_faster_than_the_budget_is_read_all_the_same() -> None:
+    """One endless request, off for 300 steps, then good: found within 900 steps though its backlog grows by the step.
+    Seeds 0 to 7."""
+    table = cpu_table()
+    for seed in range(8):
+        machine = Machine(
+            table, controller(table, seed=seed), lambda step: 0.1 if step < 300 else 0.8, seed=seed
+        ).batch(1)
+        assert machine.run(1200).rate(-50) >= 0.95 * best_rate(table, 1, 0.8), seed
+
+
+def test_nothing_is_believed_to_be_impossible() -> None:
+    """A kind of which only rejections were seen is hoped to be better than that, so that it is tried again."""
+    prior = Prior()
+    for _ in range(100):
+        prior.tokens_seen(0, 3)
+    assert 0 < prior.hope < 0.1
 
 
 def test_adaptive_lengths_change_no_token(rig: Rig) -> None:

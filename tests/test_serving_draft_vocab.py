@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_rig import Changing, Rig, build_rig, plain, prompts, reference_models, request
-from tiny_pair import END, SPECIAL, write_pair
+from engine_rig import MIXED, Changing, Rig, build_rig, plain_each, prompts, reference_models, requests_for
+from tiny_pair import END, SPECIAL
 
 from adapter.contracts import FLOOR_VERSION, Sampling
 from adapter.database import open_database
@@ -31,14 +31,7 @@ from serving.engine.parameters import row_params
 from serving.engine.sequence import Sequence
 
 N = 32
-SAMPLINGS = [
-    {"temperature": 0.0},
-    {"temperature": 0.7, "seed": 1},
-    {"temperature": 1.0, "seed": 2**64 - 5},
-    {"temperature": 1.3, "top_p": 0.8, "seed": 3},
-    {"temperature": 1.0, "top_k": 7, "seed": 4},
-    {"temperature": 0.0},
-]
+SAMPLINGS = [*MIXED[:5], {"temperature": 0.0}]
 
 
 class Vocabulary:
@@ -82,13 +75,6 @@ class Vocabulary:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    write_pair(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def shared(folder, tmp_path_factory):
     built = Vocabulary(folder, tmp_path_factory.mktemp("data"))
     yield built
@@ -125,14 +111,11 @@ def ids(target):
 @pytest.fixture(scope="module")
 def said(target, ids):
     """What the target says alone, each prompt with its own parameters."""
-    return [plain(target, prompt, N, Sampling(**how)) for prompt, how in zip(ids, SAMPLINGS, strict=True)]
+    return plain_each(target, ids, SAMPLINGS, N)
 
 
 def mixed(ids: list[list[int]], **more: Any) -> list[Sequence]:
-    return [
-        request(str(i), prompt, N, arrived_s=float(i), **how, **more)
-        for i, (prompt, how) in enumerate(zip(ids, SAMPLINGS, strict=True))
-    ]
+    return requests_for(ids, SAMPLINGS, N, **more)
 
 
 # -- drawing ---------------------------------------------------------------------------------

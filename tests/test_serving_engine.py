@@ -9,57 +9,33 @@ from typing import Any
 
 import pytest
 import torch
-from engine_rig import Changing, Rig, build_rig, counts_of, plain, prompts, reference_models, request
-from tiny_pair import write_pair
+from engine_rig import (
+    MIXED,
+    Changing,
+    Rig,
+    build_rig,
+    counts_of,
+    plain,
+    plain_each,
+    prompts,
+    reference_models,
+    request,
+    requests_for,
+    shared_rigs,
+)
 
 from adapter.contracts import Sampling, SettingsError
 from serving.engine import build
 from serving.engine.control.fixed import FixedGamma
+from serving.engine.sequence import Sequence
 
 N = 40
-SAMPLINGS = [
-    {"temperature": 0.0},
-    {"temperature": 0.7, "seed": 1},
-    {"temperature": 1.0, "seed": 2**64 - 5},
-    {"temperature": 1.3, "top_p": 0.8, "seed": 3},
-    {"temperature": 1.0, "top_k": 7, "seed": 4},
-    {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 5},
-    {"temperature": 0.3, "seed": 6},
-    {"temperature": 1.0, "seed": 7},
-]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    write_pair(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def rig_for(folder, tmp_path_factory) -> Iterator[Callable[..., Rig]]:
-    """Return `rig_for(exact=False, **engine settings)`; one engine a combination.
-
-    `exact` drafts in float32 even where the CPU would draft faster in bfloat16.
-    """
-    built: dict[str, Rig] = {}
-
-    def get(exact: bool = False, **engine: Any) -> Rig:
-        key = repr((exact, sorted(engine.items())))
-        if key not in built:
-            with pytest.MonkeyPatch.context() as patch:
-                if exact:
-                    patch.setattr(build, "packing_works", lambda: False)
-                built[key] = build_rig(folder, tmp_path_factory.mktemp("data"), **engine)
-                if exact:
-                    built[key].built.hotswap._slots._finish = lambda model: None
-        rig = built[key]
-        rig.engine.controller = FixedGamma(3)
-        return rig
-
-    yield get
-    for rig in built.values():
-        rig.built.publisher.close()
+    with shared_rigs(folder, tmp_path_factory) as rig_for:
+        yield rig_for
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +68,11 @@ def greedy(models, ids) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def sampled(models, ids) -> list[list[int]]:
     """What sampling by the definition says, each prompt with its own parameters."""
-    return [plain(models[0], prompt, N, Sampling(**sampling)) for prompt, sampling in zip(ids, SAMPLINGS, strict=True)]
+    return plain_each(models[0], ids, MIXED, N)
 
 
-def _mixed(ids: list[list[int]], gamma: int | None) -> list[Any]:
-    return [
-        request(str(i), prompt, N, gamma=gamma, arrived_s=float(i), **sampling)
-        for i, (prompt, sampling) in enumerate(zip(ids, SAMPLINGS, strict=True))
-    ]
+def _mixed(ids: list[list[int]], gamma: int | None) -> list[Sequence]:
+    return requests_for(ids, MIXED, N, gamma=gamma)
 
 
 # -- the same tokens -------------------------------------------------------------------------
@@ -193,8 +166,11 @@ def test_serving_w7_swaps_never_change_the_text(rig_for, ids, sampled, exact):
 
 
 def test_serving_w6_a_broken_draft_leaves_nothing_behind(rig_for, ids):
-    """After a NaN draft was served and replaced, acceptance of new requests is what it was before (W6, W7)."""
-    rig = rig_for(exact=True)
+    """After a NaN draft was served and replaced, acceptance of new requests is what it was before (W6, W7).
+
+    Without cached prefixes, so that what the draft has to read first is the same before and after.
+    """
+    rig = rig_for(exact=True, prefix_cache=False)
     base = rig.built.hotswap._slots.get(0)
     fresh = [request(f"a{i}", prompt, N) for i, prompt in enumerate(ids)]
     rig.run(fresh)
@@ -371,6 +347,42 @@ def test_serving_k2_k3_k4_caches_equal_a_fresh_prefill_after_every_step(rig_for,
                         torch.testing.assert_close(held, true, atol=1e-4, rtol=1e-4)
 
     rig.run(items, compare)
+
+
+def test_serving_k4_a_round_reads_only_what_is_new(rig_for, ids):
+    """After every round the target lacks one token and the draft two at most, and forwards are no larger than that."""
+    rig = rig_for(exact=True)
+    rig.engine.controller = FixedGamma(4)
+    engine, proposer = rig.engine, rig.engine.proposers.draft
+    items = _mixed(ids, None)
+    target_sizes: list[tuple[int, int]] = []
+    run = engine.target.run
+
+    def noted(work, model=None, *, hidden=False):
+        target_sizes.extend((item.num_logits, len(item.token_ids)) for item in work if item.start)
+        return run(work, model, hidden=hidden)
+
+    def check(step: int) -> None:
+        if len(drafted) == len(items):
+            assert max(proposer.forwards, default=0) <= 2 * len(items)
+        for item in engine.scheduler.running:
+            if item.num_generated:
+                assert item.num_target_kv == len(item.tokens) - 1
+            if item.by_version:
+                assert 1 <= len(item.tokens) - item.num_draft_kv <= 2
+                drafted.add(item.request_id)
+
+    drafted: set[str] = set()
+    engine.target.run = noted
+    try:
+        rig.run([request(f"first{i}", prompt, 2) for i, prompt in enumerate(ids)])
+        target_sizes.clear()
+        rig.run(items, check)
+    finally:
+        del engine.target.run
+    decoded = [size for size in target_sizes if size[0]]
+    assert len(drafted) == len(items)
+    assert sum(wanted == size for wanted, size in decoded) >= len(decoded) - len(items)  # but for a prompt's last chunk
 
 
 def test_serving_a5_no_block_belongs_to_two_requests(rig_for, ids):

@@ -6,7 +6,6 @@ One `draftsmith up` on the tiny pair is shared; each test finds it running and l
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -17,9 +16,19 @@ from typing import Any
 import httpx
 import pytest
 from conftest import poll_until
-from deployment import ROLES, Clients, Deployment, alive, answer, body, cli, client_of, environment, family
-from processes import short_folder
-from tiny_pair import write_pair
+from deployment import (
+    ROLES,
+    Clients,
+    Deployment,
+    alive,
+    answer,
+    body,
+    cli,
+    client_of,
+    environment,
+    family,
+    tiny_deployment,
+)
 
 MODEL = "tiny-target"
 LEFT = {"draftsmith.db", "logs", "valkey", "vocabularies"}  # what a stopped deployment consists of
@@ -27,14 +36,8 @@ LEFT = {"draftsmith.db", "logs", "valkey", "vocabularies"}  # what a stopped dep
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Deployment]:
-    folder = short_folder()
-    target, draft = write_pair(folder)
-    made = Deployment(folder / "data", ["--target", str(target), "--draft", str(draft)])
-    try:
-        yield made
-    finally:
-        made.close()
-        shutil.rmtree(folder, ignore_errors=True)
+    with tiny_deployment() as deployment:
+        yield deployment
 
 
 @pytest.fixture

@@ -16,22 +16,20 @@ from typing import Any
 
 import pytest
 import torch
-from engine_rig import Changing, Rig, build_rig, counts_of, prompts, reference_models, request
+from engine_rig import Changing, Rig, build_rig, counts_of, prompts, reference_models, request, shared_rigs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLParserLimits
-from tiny_pair import END, write_pair, write_tokenizer
+from tiny_pair import END, write_tokenizer
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from adapter.contracts import Grammar, Sampling
 from kernels.sampling import draw, shape_logits
 from serving import ipc
-from serving.engine import build
 from serving.engine import grammar as grammar_module
 from serving.engine.admission import Admission, Refusal
 from serving.engine.constraints import constraints_for
-from serving.engine.control.fixed import FixedGamma
 from serving.engine.grammar import MAX_SCHEMA_BYTES, GrammarError, Grammars
 from serving.engine.parameters import row_params
 from serving.engine.sequence import Sequence
@@ -61,13 +59,6 @@ def _language() -> frozenset[bytes]:
 
 LANGUAGE = _language()
 PREFIXES = frozenset(text[:length] for text in LANGUAGE for length in range(len(text) + 1))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    write_pair(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -294,22 +285,8 @@ def test_no_text_token_is_taken_for_the_end(tmp_path):
 
 @pytest.fixture(scope="module")
 def rig_for(folder, tmp_path_factory) -> Iterator[Callable[..., Rig]]:
-    """Return `rig_for(exact=False, **engine settings)`; one engine a combination."""
-    built: dict[str, Rig] = {}
-
-    def get(exact: bool = False, **engine: Any) -> Rig:
-        key = repr((exact, sorted(engine.items())))
-        if key not in built:
-            with pytest.MonkeyPatch.context() as patch:
-                if exact:
-                    patch.setattr(build, "packing_works", lambda: False)
-                built[key] = build_rig(folder, tmp_path_factory.mktemp("data"), **engine)
-        built[key].engine.controller = FixedGamma(3)
-        return built[key]
-
-    yield get
-    for rig in built.values():
-        rig.built.publisher.close()
+    with shared_rigs(folder, tmp_path_factory) as rig_for:
+        yield rig_for
 
 
 @pytest.fixture(scope="module")

@@ -6,26 +6,19 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from engine_rig import Changing, Rig, build_rig, counts_of, plain, prompts, request
-from tiny_pair import pair_settings, write_pair
+import torch
+from engine_rig import Changing, Rig, build_rig, counts_of, plain, plain_each, prompts, request, requests_for
+from tiny_pair import pair_settings
 from transformers import LlamaForCausalLM
 
 from adapter.contracts import Sampling, SettingsError
 from adapter.models import prepare_pair
-from serving.engine import build
 from serving.engine.control.fixed import FixedGamma
 
 N = 30
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    write_pair(folder)
-    return folder
+SEEDED = [{"temperature": 1.0, "seed": seed} for seed in range(8)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +33,7 @@ def ids(model: LlamaForCausalLM) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def said(model: LlamaForCausalLM, ids: list[list[int]]) -> list[list[int]]:
-    return [plain(model, prompt, N, Sampling(temperature=1.0, seed=i)) for i, prompt in enumerate(ids)]
+    return plain_each(model, ids, SEEDED, N)
 
 
 @pytest.fixture
@@ -52,19 +45,52 @@ def rig(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterato
     rig.built.publisher.close()
 
 
-def _sampled(ids: list[list[int]]) -> list[Any]:
-    return [
-        request(str(i), prompt, N, temperature=1.0, seed=i, arrived_s=float(i)) for i, prompt in enumerate(ids)
-    ]  # fmt: skip
-
-
 def test_serving_a2_what_nobody_wrote_never_reaches_a_result(rig, ids, said):
     """Blocks start full of huge numbers; padded rows, block 0 and unwritten slots still weigh nothing."""
     for runner in (rig.engine.target, rig.engine.proposers.draft.runner):
         for tensor in (*runner.pool.keys, *runner.pool.values):
             tensor.fill_(1e30)
     rig.engine.controller = Changing(2)
-    assert rig.run(_sampled(ids)) == said
+    assert rig.run(requests_for(ids, SEEDED, N)) == said
+
+
+def test_serving_a_broken_cache_ends_its_request_alone(rig, ids, said):
+    """NaN in one request's cache ends that one with `error`; nobody else, later or at once, notices.
+
+    Its blocks can no longer be found by their text, and are clean when they are given away again.
+    """
+    rig.engine.controller = Changing(4)
+    pool = rig.engine.target.pool
+    for layer in (0, 1):
+        items = requests_for(ids, SEEDED, N, prefix=f"{layer}-")
+        bad = items[4]
+        for item in items:
+            rig.engine.submit(item)
+        for _ in range(3):
+            rig.engine.step()
+        where = layer * (bad.num_target_kv - 1)  # in its first block, which is shared by text, and in its last
+        pool.token_values[layer][bad.block_table[where // 8] * 8 + where % 8] = float("nan")
+        rig.run([])
+        assert bad.finish_reason == "error"
+        assert bad.num_generated < N
+        answers = [item.tokens[item.prompt_tokens :] for item in items]
+        assert answers[:4] + answers[5:] == said[:4] + said[5:]
+        assert all(bool(tensor.isfinite().all()) for tensor in (*pool.keys, *pool.values))
+        assert rig.run(requests_for(ids, SEEDED, N, prefix=f"again-{layer}-")) == said
+    assert rig.engine.stats.not_finite == 2
+    assert rig.engine.stats.finished_by_reason["error"] == 2
+
+
+def test_serving_a_broken_target_publishes_nothing(rig, ids):
+    """With NaN in the target's weights every request ends with `error` and no token, and no block is cached."""
+    norm = rig.engine.target.model.model.norm
+    with torch.no_grad():
+        norm.weight[0] = float("nan")
+    items = requests_for(ids, SEEDED, N)
+    assert rig.run(items) == [[] for _ in ids]
+    assert {item.finish_reason for item in items} == {"error"}
+    assert not rig.log.blocks
+    assert not rig.engine.scheduler.pool.num_cached
 
 
 @pytest.mark.parametrize("rig", [{"prefill_tokens": 16}], indirect=True)
@@ -85,12 +111,11 @@ def test_serving_a3_steps_that_deliver_nothing_do_not_stall(rig, model):
 
 
 @pytest.mark.parametrize("rig", [{"max_model_len": 500, "kv_tokens": 1024}], indirect=True)
-def test_serving_q1_acceptance_does_not_die_with_position(folder, tmp_path, model, monkeypatch, rig):
+def test_serving_q1_acceptance_does_not_die_with_position(folder, tmp_path, model, rig):
     """The target as its own draft is right at every position up to the last one the model has."""
-    monkeypatch.setattr(build, "packing_works", lambda: False)
     own = build_rig(
-        folder, tmp_path / "own", draft=str(folder / "tiny-target"), max_model_len=512, kv_tokens=1024
-    )  # fmt: skip
+        folder, tmp_path / "own", draft=str(folder / "tiny-target"), exact=True, max_model_len=512, kv_tokens=1024
+    )
     own.engine.controller = FixedGamma(5)
     item = request("q", prompts(model.config.vocab_size, (12,), 3)[0], 500)
     own.run([item])
@@ -125,6 +150,7 @@ def test_adapter_v1_another_token_map_is_refused(folder, tmp_path):
              "sliding_window": 64, "max_window_layers": 1},
             "sliding window",
         ),
+        ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layers of kind linear_attention"),
     ],
 )  # fmt: skip
 def test_serving_k5_caches_that_cannot_be_rolled_back_are_refused(folder, tmp_path, change, word):
@@ -159,7 +185,7 @@ def test_serving_n4_the_rate_is_over_what_was_really_drafted(rig, ids):
             drafted.extend(item.num_drafted for item in rounds)
             examined.extend(min(item.num_accepted + 1, item.num_drafted) for item in rounds)
 
-    items = _sampled(ids)
+    items = requests_for(ids, SEEDED, N)
     rig.run(items, note)
     note(1)
     counts = counts_of(items)

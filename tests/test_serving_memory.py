@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_pair import ENGINE, pair_settings, write_pair
+from tiny_pair import ENGINE, pair_settings
 
 from adapter.contracts import SettingsError
 from adapter.database import migrate, open_database
@@ -22,13 +21,6 @@ SIZES = Sizes(
     target_weights=4 * GIB, draft_weights=GIB, draft_slots=GIB, logits=GIB // 2, target_kv=3 << 15, draft_kv=1 << 15
 )
 AUTOMATIC = EngineSettings(max_batch=4, max_model_len=1000, gamma_max=8, block_tokens=16, kv_tokens=0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    write_pair(folder)
-    return folder
 
 
 def _bytes(*models: Any) -> int:

@@ -11,11 +11,8 @@ from typing import Any
 import pytest
 import torch
 from engine_rig import Changing, Rig, build_rig, counts_of, prompts, reference_models, request
-from tiny_pair import ENGINE, pair_settings, write_pair
+from tiny_pair import ENGINE
 
-from adapter.database import migrate, open_database
-from adapter.models import prepare_pair
-from serving.engine import build
 from serving.engine.blocks import block_key, root_key
 from serving.engine.control.fixed import FixedGamma
 from serving.engine.sequence import Sequence
@@ -24,28 +21,16 @@ SIZE = ENGINE.block_tokens
 N = 30
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    write_pair(folder)
-    return folder
-
-
 @pytest.fixture
 def rig_for(folder: Path, tmp_path: Path) -> Iterator[Callable[..., Rig]]:
     """Return `rig_for(**engine settings)`: a fresh engine that drafts with the draft model alone, in float32."""
     built: list[Rig] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "packing_works", lambda: False)
 
-        def get(**engine: Any) -> Rig:
-            rig = build_rig(folder, tmp_path / str(len(built)), **{"proposers": ("draft",), **engine})
-            if rig.built.hotswap is not None:
-                rig.built.hotswap._slots._finish = lambda model: None
-            built.append(rig)
-            return rig
+    def get(**engine: Any) -> Rig:
+        built.append(build_rig(folder, tmp_path / str(len(built)), exact=True, **{"proposers": ("draft",), **engine}))
+        return built[-1]
 
-        yield get
+    yield get
     for rig in built:
         rig.built.publisher.close()
 
@@ -53,14 +38,9 @@ def rig_for(folder: Path, tmp_path: Path) -> Iterator[Callable[..., Rig]]:
 @pytest.fixture(scope="module")
 def plainly(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[Sequence]], list[Any]]]:
     """Return a function that runs copies of requests without speculation, without reuse, and with room for all."""
-    settings = pair_settings(
-        folder, tmp_path_factory.mktemp("plain"), draft="none",
-        engine={"prefix_cache": False, "proposers": (), "kv_tokens": 8192},
-    )  # fmt: skip
-    database = open_database(settings.database)
-    migrate(database)
-    pair = prepare_pair(settings)
-    rig = Rig(build.build_engine(settings, pair, database), pair)
+    rig = build_rig(
+        folder, tmp_path_factory.mktemp("plain"), draft="none", prefix_cache=False, proposers=(), kv_tokens=8192
+    )
     yield lambda items: rig.run([_again(item, f"plain-{item.request_id}") for item in items])
     rig.built.publisher.close()
 
@@ -240,6 +220,7 @@ def test_serving_w7_what_a_broken_draft_left_in_cached_blocks_is_not_used(rig_fo
     counts = []
     for broken in (False, True):
         rig = rig_for()
+        rig.engine.proposers.draft._catch_up_tokens = 10_000  # no prompt has to wait until the draft has read others
         if broken:
             rig.swap(1, rig.model(lambda weight: weight.fill_(float("nan"))))
             rig.run([_again(item, f"n{i}") for i, item in enumerate(items)])

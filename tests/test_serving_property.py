@@ -17,7 +17,6 @@ import torch
 from engine_rig import Changing, Rig, build_rig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_pair import write_pair
 
 from adapter.contracts import Grammar, Sampling
 from serving import ipc
@@ -29,13 +28,6 @@ STEPS = 4000
 SCHEMA = (
     '{"type":"object","properties":{"a":{"enum":["x","yes"]},"n":{"type":"integer","maximum":99}},"required":["a"]}'
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    write_pair(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

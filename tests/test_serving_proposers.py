@@ -9,17 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from engine_rig import Changing, Rig, build_rig, plain, prompts, reference_models, request
+from engine_rig import (
+    Changing,
+    Rig,
+    build_rig,
+    plain,
+    plain_each,
+    prompts,
+    reference_models,
+    request,
+    requests_for,
+    shared_rigs,
+)
 from scipy.stats import chisquare
-from tiny_pair import END, pair_settings, write_draft, write_target
+from tiny_pair import END, write_draft, write_target
 
 from adapter.contracts import Counts, Sampling, SettingsError, Verdict
-from adapter.database import migrate, open_database
-from adapter.models import prepare_pair
 from adapter.settings import LogSettings, load_settings
 from kernels.sampling import shape_logits
 from monitors.acceptance import observations_of
-from serving.engine import build
 from serving.engine.control.base import StepReport
 from serving.engine.control.fixed import FixedGamma
 from serving.engine.parameters import row_params
@@ -55,23 +63,19 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rig_for(folder, tmp_path_factory) -> Iterator[Callable[..., Rig]]:
     """Return `rig_for(**engine settings)`; one engine a combination, with nothing remembered."""
-    built: dict[str, Rig] = {}
+    with shared_rigs(folder, tmp_path_factory) as shared:
 
-    def get(**engine: Any) -> Rig:
-        key = repr(sorted(engine.items()))
-        if key not in built:
-            built[key] = build_rig(folder, tmp_path_factory.mktemp("data"), **engine)
-        members = built[key].engine.proposers.members
-        for name in members.keys() - {"draft", "ngram", "past"}:
-            del members[name]
-        built[key].engine.proposers.want_hidden_states = False
-        if "past" in members:
-            members["past"] = PastOutputs(max_tokens=4096, vocab=members["past"]._vocab)
-        return built[key]
+        def get(**engine: Any) -> Rig:
+            rig = shared(**engine)
+            members = rig.engine.proposers.members
+            for name in members.keys() - {"draft", "ngram", "past"}:
+                del members[name]
+            rig.engine.proposers.want_hidden_states = False
+            if "past" in members:
+                members["past"] = PastOutputs(max_tokens=4096, vocab=members["past"]._vocab)
+            return rig
 
-    yield get
-    for rig in built.values():
-        rig.built.publisher.close()
+        yield get
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +93,11 @@ def ids(target) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def said(target, ids) -> list[list[int]]:
     """What each prompt is answered, by the definition."""
-    return [plain(target, prompt, N, Sampling(**sampling)) for prompt, sampling in zip(ids, SAMPLINGS, strict=True)]
+    return plain_each(target, ids, SAMPLINGS, N)
 
 
 def _items(ids: list[list[int]], round_: int = 0) -> list[Sequence]:
-    return [
-        request(f"{round_}-{i}", prompt, N, arrived_s=float(i), **sampling)
-        for i, (prompt, sampling) in enumerate(zip(ids, SAMPLINGS, strict=True))
-    ]
+    return requests_for(ids, SAMPLINGS, N, prefix=f"{round_}-")
 
 
 class Watching(Changing):
@@ -170,15 +171,10 @@ def test_serving_s4_a_matched_end_token_ends_nothing(rig_for, target, ids):
     assert watching.drafted["ngram"]
 
 
-@pytest.mark.parametrize("without", [{"draft": "none"}, {"engine": {"proposers": ("ngram", "past")}}])
+@pytest.mark.parametrize("without", [{"draft": "none"}, {"proposers": ("ngram", "past")}])
 def test_matching_needs_no_draft_model(folder, tmp_path, ids, said, without):
     """With no draft model, or with the draft not among the proposers, matching drafts; the fixed controller uses it."""
-    engine = without.get("engine", {}) | {"controller": "fixed"}
-    settings = pair_settings(folder, tmp_path, **without | {"engine": engine})
-    database = open_database(settings.database)
-    migrate(database)
-    pair = prepare_pair(settings)
-    rig = Rig(build.build_engine(settings, pair, database), pair)
+    rig = build_rig(folder, tmp_path, controller="fixed", **without)
     assert set(rig.engine.proposers.members) == {"ngram", "past"}
     items = _items(ids)
     assert rig.run(items) == said

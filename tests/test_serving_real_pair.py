@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import shutil
 import time
 import warnings
 from collections import defaultdict
@@ -79,16 +78,15 @@ def collected_prompts() -> list[str]:
 @pytest.fixture(scope="module")
 def served() -> Iterator[Deployment]:
     """`draftsmith serve` with the default target and its shipped draft, in float32."""
-    folder = short_folder()
-    made = Deployment(
-        folder / "data", ["--dtype", "float32"], {"engine": {"threads": 2, "swap_poll_s": 0.05}}, command="serve"
-    )
-    try:
-        made.start()
-        yield made
-    finally:
-        made.close()
-        shutil.rmtree(folder, ignore_errors=True)
+    with short_folder() as folder:
+        made = Deployment(
+            folder / "data", ["--dtype", "float32"], {"engine": {"threads": 2, "swap_poll_s": 0.05}}, command="serve"
+        )
+        try:
+            made.start()
+            yield made
+        finally:
+            made.close()
 
 
 @dataclass

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from engine_rig import Changing, Rig, build_rig, counts_of, prompts, reference_models, request
-from tiny_pair import write_pair
 
 from adapter.contracts import Verdict, VerifiedBlock
 from adapter.settings import LogSettings
@@ -17,9 +16,7 @@ TOP_K = 16
 
 
 @pytest.fixture(scope="module")
-def rig(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    write_pair(folder)
+def rig(folder):
     rig = build_rig(folder, folder / "data")
     yield rig
     rig.built.publisher.close()

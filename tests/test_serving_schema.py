@@ -35,12 +35,6 @@ def test_what_clients_send_back_is_accepted() -> None:
     assert request.messages[0].text == "yes"
 
 
-def test_a_participant_name_is_refused() -> None:
-    """The chat template would drop it silently."""
-    with pytest.raises(ValidationError, match="name"):
-        ChatRequest.model_validate({**CHAT, "messages": [{"role": "user", "content": "hi", "name": "ana"}]})
-
-
 def test_errors_name_the_field_as_the_client_wrote_it() -> None:
     """The branches of a union that the library tried are not shown."""
     with pytest.raises(ValidationError) as caught:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from processes import Processes, short_folder
-from tiny_pair import pair_settings, write_pair
+from processes import Processes, serving_tiny
 
 from adapter.settings import LogSettings
 
@@ -24,20 +22,11 @@ _GROWTH = 24 << 20  # bytes; 200 leaked streams of 24 tokens, with their tables 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Processes]:
-    folder = short_folder()
-    write_pair(folder)
-    settings = pair_settings(
-        folder, folder / "data", port=0, redis_url=f"unix://{folder}/nobody.sock",
+    with serving_tiny(
         engine={"max_batch": 8, "max_waiting": 256, "past_tokens": 2000},
         log=LogSettings(queue_entries=4, timeout_s=0.2, retry_s=0.1),
-    )  # fmt: skip
-    processes = Processes(settings)
-    try:
-        processes.start()
-        yield processes
-    finally:
-        processes.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+    ) as service:  # fmt: skip
+        yield service
 
 
 async def _stream(client: httpx.AsyncClient, number: int, leave_after: int | None) -> tuple[int, str | None, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from deployment import ROLES, Deployment, alive, answer, body, cli, client_of, family
-from processes import short_folder
-from tiny_pair import write_pair
+from conftest import poll_until
+from deployment import ROLES, Deployment, alive, answer, body, cli, client_of, family, tiny_deployment
 
+from adapter.database import migrate, open_database
+from adapter.facts import PAIR, STARTING, Facts
+from adapter.pairs import loaded_pair, pair_from_facts
 from adapter.settings import Settings
 from serving.roles import LOCK_FILE, ROLES_FILE, Role, read_roles
 from serving.supervisor import DataDirInUse, RoleCannotStart, Supervisor
@@ -29,6 +30,12 @@ FOREVER = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(0)
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(600)"
 )
+
+
+PAIR_OF_BEFORE = {
+    "target_name": "of before", "target_path": "/gone", "target_fingerprint": "t", "dtype": "float32",
+    "draft_kind": "none", "draft_path": None, "base_fingerprint": "none", "lora_shapes": {},
+}  # fmt: skip
 
 
 def _role(name: str, program: str) -> Role:
@@ -144,6 +151,51 @@ def test_one_supervisor_a_folder(settings):
     assert not (settings.run_dir / LOCK_FILE).exists()
 
 
+def test_an_earlier_starts_pair_is_not_believed(settings):
+    """Before any role runs, SQL says that the engine loads; who serves must wait for its word (and others need not)."""
+    database = open_database(settings.database)
+    migrate(database)
+    facts = Facts(database)
+    facts.put(PAIR, PAIR_OF_BEFORE)
+    assert loaded_pair(facts) is not None
+    looks = (
+        "import json\nfrom adapter.database import open_database\nfrom adapter.facts import Facts\n"
+        f"from adapter.pairs import loaded_pair\n"
+        f"print('saw', loaded_pair(Facts(open_database({settings.database!r}))), flush=True)\n"
+    )
+    with _supervised(settings, _role("api", looks + FOREVER), _role("engine", FOREVER)):
+        poll_until(lambda: "saw" in (settings.logs_dir / "api.log").read_text())
+    assert (settings.logs_dir / "api.log").read_text() == "saw None\n"
+    assert pair_from_facts(facts).target_name == "of before"
+    database.dispose()
+
+
+def test_a_role_without_an_engine_leaves_the_pair(settings):
+    """A supervisor that starts no engine has nobody who would say it anew."""
+    with _supervised(settings, _role("api", FOREVER)):
+        database = open_database(settings.database)
+        migrate(database)
+        assert Facts(database).get(STARTING) is None
+        database.dispose()
+
+
+def test_a_log_is_bounded(settings, wait_for, monkeypatch):
+    """A role that writes without end keeps one log of the limit and one old one, and is still being logged."""
+    from serving import supervisor as module
+
+    monkeypatch.setattr(module, "LOG_BYTES", 100_000)
+    writes = "import time\nwhile True:\n print('x' * 9_999, flush=True); time.sleep(0.002)"
+    log, old = settings.logs_dir / "worker.log", settings.logs_dir / "worker.log.1"
+    with _supervised(settings, _role("worker", writes)):
+        wait_for(old.exists)
+        shrunk = log.stat().st_size
+        wait_for(lambda: log.stat().st_size != shrunk)
+        first = old.stat().st_mtime_ns
+        wait_for(lambda: old.stat().st_mtime_ns != first)
+        assert {path.name for path in settings.logs_dir.iterdir()} == {"worker.log", "worker.log.1"}
+    assert log.read_bytes()[:1] == b"x"  # no hole where the old lines were
+
+
 def test_roles_die_with_a_killed_supervisor(settings, wait_for, tmp_path):
     """SIGKILL of the supervisor itself takes its roles with it, by the kernel's word."""
     program = (
@@ -166,14 +218,8 @@ def test_roles_die_with_a_killed_supervisor(settings, wait_for, tmp_path):
 @pytest.fixture(scope="module")
 def up() -> Iterator[Deployment]:
     """`draftsmith up` on the tiny pair, started when a test first needs it."""
-    folder = short_folder()
-    target, draft = write_pair(folder)
-    deployment = Deployment(folder / "data", ["--target", str(target), "--draft", str(draft)])
-    try:
+    with tiny_deployment() as deployment:
         yield deployment
-    finally:
-        deployment.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _everything(up: Deployment) -> set[int]:
@@ -252,6 +298,20 @@ def test_sigint_leaves_nothing(up, wait_for):
     pids = _everything(up)
     assert up.signal(signal.SIGINT) == 0
     _assert_gone(up, pids, wait_for)
+
+
+def test_a_pair_whose_folder_is_gone_does_not_stop_the_next_start(up):
+    """The fact of an earlier start names a folder that was deleted: the API waits for the engine's own word."""
+    up.start()
+    assert up.signal(signal.SIGTERM) == 0
+    facts = Facts(open_database(f"sqlite:///{up.data / 'draftsmith.db'}"))
+    facts.put(PAIR, facts.get(PAIR) | {"target_path": "/gone/tiny-target"})
+    up.start()
+    assert pair_from_facts(facts).target_path.startswith(up.arguments[1])
+    with client_of(up.url) as client:
+        assert answer(client, body("the", "tiny-target"))["usage"]["completion_tokens"] == 24
+    assert up.roles()["api"]["restarts"] == 0
+    assert up.signal(signal.SIGTERM) == 0
 
 
 def test_another_pair_on_the_same_folder_is_refused(up, tmp_path):

@@ -120,6 +120,18 @@ def pair_settings(folder: Path, data: Path, *, draft: str | None = None, **more:
     )  # fmt: skip
 
 
+def endless_prompt(target: Path, max_tokens: int) -> str:
+    """A prompt that greedy decoding answers with `max_tokens` tokens and no end token among them."""
+    model = LlamaForCausalLM.from_pretrained(target).eval()
+    tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
+    for word in ("the", "and", "thing", "user", "in", "on", "er", "as", "re", "us"):
+        ids = torch.tensor([tokenizer.encode(word).ids])
+        said = model.generate(ids, max_new_tokens=max_tokens, do_sample=False, eos_token_id=END, pad_token_id=0)
+        if said.shape[1] - ids.shape[1] == max_tokens:
+            return word
+    raise AssertionError("every prompt ends")
+
+
 def random_factors(pair: Pair, *, rank: int = 4, seed: int = 0, size: float = 0.3) -> dict[str, torch.Tensor]:
     """Random LoRA factors of the right shapes, large enough to change what the draft says."""
     generator = torch.Generator().manual_seed(seed)

@@ -138,7 +138,7 @@ def create_app(
 
 
 def _guard(settings: Settings) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    local = _is_loopback(settings.host)
+    local = _is_loopback(settings.dashboard_host)
 
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         refusal = _refusal(request, local)

@@ -6,21 +6,25 @@ them, too, with an error their clients can read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from sqlalchemy.exc import SQLAlchemyError
 
+from adapter.addresses import url_of
 from adapter.contracts import DraftsmithError, SettingsError
 from adapter.database import migrate, open_database
 from adapter.facts import SERVING, Facts
 from adapter.logs import configure_logging
-from adapter.pairs import Pair, pair_from_facts
+from adapter.pairs import Pair, loaded_pair
 from adapter.settings import Settings, load_settings
 from serving.api.app import create_app
 
@@ -39,26 +43,30 @@ def main() -> int:
         migrate(database)
         facts = Facts(database)
         listener = _listen(settings)
-        app = create_app(settings, _wait_for_pair(facts))
+        pair = _wait_for_pair(facts)
+        app = create_app(settings, pair)
     except DraftsmithError as error:
         log.error("api_cannot_start", reason=str(error))
         return 2
-    host, port = listener.getsockname()[:2]
-    url = f"http://{host}:{port}"
+    url = url_of(listener)
     facts.put(SERVING, {"url": url, "pid": os.getpid()})
     log.info("api_listening", url=url)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(_LEAVE_S), access_log=False)
-    _Server(config, app).run(sockets=[listener])
+    server = _Server(config, app, lambda: loaded_pair(facts) in (None, pair))
+    server.run(sockets=[listener])
     log.info("api_stopped")
-    return 0
+    return 1 if server.stale else 0
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server, except that it keeps listening while it drains, so that clients are told."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, serves_ours: Callable[[], bool]) -> None:
         super().__init__(config)
         self._state = app.state
+        self._serves_ours = serves_ours
+        self._engine_id: str | None = None
+        self.stale = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; on the second signal, stop waiting."""
@@ -70,7 +78,19 @@ class _Server(uvicorn.Server):
         if leave and self._state.drain.in_flight:
             log.warning("requests_abandoned", count=self._state.drain.in_flight)
             self._state.client.abandon()
-        return leave
+        return leave or self._engine_changed()
+
+    def _engine_changed(self) -> bool:
+        """Whether a new engine serves another pair than the one read here; whoever started us starts us again."""
+        snapshot = self._state.client.snapshot
+        if snapshot is None or snapshot.engine_id == self._engine_id:
+            return False
+        with contextlib.suppress(SQLAlchemyError):  # the database is away: ask again at the next tick
+            self.stale = not self._serves_ours()
+            self._engine_id = snapshot.engine_id
+        if self.stale:
+            log.warning("pair_changed", action="exits, to be started again with the engine's pair")
+        return self.stale
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -90,7 +110,7 @@ def _listen(settings: Settings) -> socket.socket:
 def _wait_for_pair(facts: Facts) -> Pair:
     pause = threading.Event()
     for _ in range(int(_PATIENCE_S / 0.2)):
-        pair = pair_from_facts(facts)
+        pair = loaded_pair(facts)
         if pair is not None:
             return pair
         pause.wait(0.2)

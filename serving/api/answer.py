@@ -52,9 +52,14 @@ class AnswerText:
         if self.stopped:
             return ""
         self.num_tokens += 1
+        if self._skip_special and token_id in self._text.special_ids:
+            return ""  # decoding leaves it out wherever it stands, so nothing later depends on it
         self._ids.append(token_id)
         before = self._decode(self._ids[self._context : self._read])
         after = self._decode(self._ids[self._context :])
+        if after == before and not after.endswith(_PARTIAL):
+            self._ids.pop()  # it says nothing, and a run of such would be decoded over and over
+            return ""
         if after.endswith(_PARTIAL) or len(after) <= len(before):
             return ""
         self._context, self._read = self._read, len(self._ids)

@@ -32,9 +32,10 @@ def create_app(settings: Settings, pair: Pair) -> FastAPI:
     `app.state` carries what the routes and __main__ need: `client`, `generator`, `drain`, and what is served.
     """
     client = EngineClient(settings.run_dir)
+    name = settings.api.served_model_name or pair.target_name
     registry = CollectorRegistry()
-    registry.register(EngineCollector(lambda: client.snapshot, pair.target_name))
-    metrics = ServingMetrics(registry, pair.target_name)
+    registry.register(EngineCollector(lambda: client.snapshot, name))
+    metrics = ServingMetrics(registry, name)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -44,13 +45,13 @@ def create_app(settings: Settings, pair: Pair) -> FastAPI:
 
     app = FastAPI(title="Draftsmith", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     text = TargetText(Path(pair.target_path))
-    app.state.model_name = pair.target_name
+    app.state.model_name = name
     app.state.registry = registry
     app.state.client = client
     app.state.drain = drain = Drain(settings.api.drain_s)
     app.state.generator = Generator(client, text, settings.engine, settings.api, metrics)
     app.state.described = {
-        "id": pair.target_name, "object": "model", "created": int(time.time()), "owned_by": "draftsmith",
+        "id": name, "object": "model", "created": int(time.time()), "owned_by": "draftsmith",
         "max_model_len": settings.engine.max_model_len,
     }  # fmt: skip
     install_error_handlers(app)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
+import msgspec
 import structlog
 import zmq
 import zmq.asyncio
@@ -19,18 +20,25 @@ from serving.snapshot import Snapshot
 log = structlog.get_logger(__name__)
 
 _HELLO_AFTER_S = 2.0  # say hello again when the engine was silent this long: it may have restarted
+_TICK_S = 0.5
 _Message = ipc.Tokens | ipc.Refused | ApiError  # an error: nothing more will come
 
 
 class EngineClient:
-    """One connection to the engine, shared by all requests of this process."""
+    """One connection to the engine, shared by all requests of this process.
 
-    def __init__(self, run_dir: Path, name: str = "api") -> None:
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, run_dir: Path, name: str = "api", clock: Callable[[], float] = time.monotonic) -> None:
         self._name = name
         self._endpoint = ipc.engine_endpoint(run_dir)
         self._queues: dict[str, asyncio.Queue[_Message]] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._heard_s = float("-inf")
+        self._clock = clock
+        self._silence_s = float("inf")  # how long this process listened since the engine was heard
+        self._unreadable = False
         self.snapshot: Snapshot | None = None
 
     async def start(self) -> None:
@@ -55,7 +63,7 @@ class EngineClient:
     @property
     def alive(self) -> bool:
         """Whether the engine was heard of recently."""
-        return time.monotonic() - self._heard_s < ipc.SILENT_AFTER_S
+        return self._silence_s < ipc.SILENT_AFTER_S
 
     async def generate(self, submit: ipc.Submit) -> AsyncGenerator[ipc.Tokens, None]:
         """Submit a request and yield its tokens, a round at a time.
@@ -72,7 +80,7 @@ class EngineClient:
         self._queues[submit.request_id] = queue
         finished, delivered = False, 0
         try:
-            await self._socket.send(ipc.encode(submit))
+            await self._socket.send(_encoded(submit))
             while not finished:
                 message = await queue.get()
                 if isinstance(message, ApiError):
@@ -102,12 +110,22 @@ class EngineClient:
 
     async def _read(self) -> None:
         while True:
-            message = ipc.decode_for_api(await self._socket.recv())
-            self._heard_s = time.monotonic()
+            data = await self._socket.recv()
+            try:
+                message = ipc.decode_for_api(data)
+            except msgspec.MsgspecError as error:
+                self._complain(error)
+                continue
+            self._silence_s = 0.0
             if isinstance(message, Snapshot):
                 self._hear(message)
             elif queue := self._queues.get(message.request_id):
                 queue.put_nowait(message)
+
+    def _complain(self, error: msgspec.MsgspecError) -> None:
+        if not self._unreadable:
+            log.error("message_unreadable", error=str(error), hint="the engine may be of another version; restart both")
+        self._unreadable = True
 
     def _hear(self, snapshot: Snapshot) -> None:
         before, self.snapshot = self.snapshot, snapshot
@@ -121,11 +139,23 @@ class EngineClient:
 
     async def _greet(self) -> None:
         while True:
-            if time.monotonic() - self._heard_s > _HELLO_AFTER_S:
+            if self._silence_s > _HELLO_AFTER_S:
                 self._post(ipc.Hello(name=self._name))
             if self._queues and not self.alive:
                 self._lose_all(_lost())
-            await asyncio.sleep(0.5)
+            began_s = self._clock()
+            await asyncio.sleep(_TICK_S)
+            # A busy or stopped process was not listening: what it missed waits to be read and is no silence.
+            self._silence_s += min(self._clock() - began_s, 2 * _TICK_S)
+
+
+def _encoded(submit: ipc.Submit) -> bytes:
+    try:
+        return ipc.encode(submit)
+    except UnicodeEncodeError as error:
+        raise ApiError(
+            400, f"a text of this request holds a lone surrogate, which is no text: {error.reason}"
+        ) from None
 
 
 def _lost() -> ApiError:

@@ -32,12 +32,30 @@ class ApiError(Exception):
     def body(self) -> dict[str, object]:
         """Return the JSON body."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _sendable(self.param)
+        return {"error": {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """Return the HTTP response; a busy server says when to come back."""
         headers = {"Retry-After": "1"} if self.status in (429, 503) else None
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
+
+
+def check_text(text: str, param: str) -> None:
+    """Refuse a lone surrogate, which JSON can spell and no encoding can.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"'{param}' holds a lone surrogate, which is no text: {error.reason}"
+        raise ApiError(400, problem, param=param, code="invalid_value") from None
+
+
+def _sendable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -87,7 +105,8 @@ def _named(problem: dict[str, object]) -> tuple[list[str], str]:
         location = [*location, cause.field]
         return location, f"'{'.'.join(location)}': {cause}"
     given = problem.get("input")
-    shown = "" if isinstance(given, dict) else f" (got {given!r:.80})"
+    start = given[:80] if isinstance(given, str | list) else given  # a long one takes long to spell
+    shown = "" if isinstance(given, dict) else f" (got {start!r:.80})"
     where = f"'{'.'.join(location)}': " if location else ""
     return location, f"{where}{problem.get('msg')}{shown}"
 

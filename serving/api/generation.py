@@ -14,7 +14,7 @@ from serving import ipc
 from serving.api.answer import AnswerText
 from serving.api.choices import Choice, Choices, Piece, derived_seed
 from serving.api.engine_client import EngineClient
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, check_text
 from serving.api.metrics import ServingMetrics
 from serving.api.schema import Generation
 from serving.api.text import TargetText
@@ -49,11 +49,6 @@ class Generator:
             ApiError: 400, naming the field, when the request cannot be served as it stands.
         """
         total = len(prompts) * request.n
-        if total > self.api.max_choices:
-            raise ApiError(
-                400, f"{len(prompts)} prompts times n = {request.n} are {total} answers; this server gives at most "
-                f"{self.api.max_choices} a request", param="n", code="invalid_value",
-            )  # fmt: skip
         limits = [self._limit(request, ids) for ids in prompts]
         samplings = self._samplings(request)
         end_tokens = self._end_tokens(request)
@@ -96,10 +91,41 @@ class Generator:
                         if tokens.finish_reason is None:
                             self._client.finish(choice.submit.request_id, choice.num_tokens)
                     yield piece
-        finally:
-            latency.end()
+        except ApiError:
+            if not choice.finished:  # a complete answer is worth more than its summary
+                raise
 
-    # -- checks ------------------------------------------------------------------------------
+    # -- checks, the first two before the rest is built -----------------------------------------
+
+    def check_count(self, request: Generation, num_prompts: int) -> None:
+        """Refuse a request for more answers than one may ask for.
+
+        Raises:
+            ApiError: 400.
+        """
+        if num_prompts * request.n > self.api.max_choices:
+            raise ApiError(
+                400, f"{num_prompts} prompts times n = {request.n} are {num_prompts * request.n} answers; this server "
+                f"gives at most {self.api.max_choices} a request", param="n", code="invalid_value",
+            )  # fmt: skip
+
+    def read_prompts(self, prompts: list[str | list[int]]) -> list[list[int]]:
+        """Return the token ids of plain prompts; takes its time, so not on the event loop.
+
+        Raises:
+            ApiError: 400 when one is too long for the model's context, or is no text or token ids of this model.
+        """
+        return [self._read(prompt) for prompt in prompts]
+
+    def _read(self, prompt: str | list[int]) -> list[int]:
+        most = self.engine.max_model_len
+        if isinstance(prompt, str):
+            self.text.check_length(prompt, most)
+            return self.text.encode(prompt)
+        if len(prompt) < most:  # a longer one is refused by its length
+            for token in prompt:
+                self.check_token(token, "prompt")
+        return prompt
 
     def _limit(self, request: Generation, token_ids: list[int]) -> int:
         """Return the most tokens the answer to this prompt may have."""
@@ -113,12 +139,13 @@ class Generator:
                 400, f"the prompt has {len(token_ids)} tokens; this model's context holds {most}, the answer included",
                 param=param, code="context_length_exceeded",
             )  # fmt: skip
-        if max(limit or 1, request.min_tokens) > room:
-            raise ApiError(
-                400, f"the prompt has {len(token_ids)} tokens and the answer may have {limit}; together they must not "
-                f"exceed {most}", param="max_tokens", code="context_length_exceeded",
-            )  # fmt: skip
-        return limit or room
+        for name, wanted in (("max_tokens", limit or 1), ("min_tokens", request.min_tokens)):
+            if wanted > room:
+                raise ApiError(
+                    400, f"the prompt has {len(token_ids)} tokens and '{name}' is {wanted}; together they must not "
+                    f"exceed {most}, which leaves {room}", param=name, code="context_length_exceeded",
+                )  # fmt: skip
+        return limit or min(request.default_limit or room, room)
 
     def _samplings(self, request: Generation) -> list[Sampling]:
         """Return the parameters of each answer to a prompt; they differ in their seeds only."""
@@ -175,7 +202,9 @@ def _grammar(request: Generation) -> Grammar | None:
         return None
     if form.json_schema is None:
         return Grammar(kind="json_object")
-    return Grammar(kind="json_schema", schema=json.dumps(form.json_schema.content, ensure_ascii=False))
+    schema = json.dumps(form.json_schema.content, ensure_ascii=False)
+    check_text(schema, "response_format.json_schema.schema")
+    return Grammar(kind="json_schema", schema=schema)
 
 
 async def _merge(streams: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:

@@ -30,16 +30,19 @@ SEGMENT_HEADER = "x-draftsmith-segment"
 DEFAULT_SEGMENT = "default"
 SPEC_METRICS_HEADER = "x-draftsmith-spec-metrics"
 _SEGMENT = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_LONG = 20_000  # characters; encoding more is done beside the event loop
+_LONG = 20_000  # characters or token ids; more is read beside the event loop
+# Clients that split lines as Python's str.splitlines does would cut an event in two at these.
+_LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a chat."""
-    text = _generator(request).text
+    generator = _generator(request)
+    check_model(request, body.model)
     check_tools(request, body)
-    messages = [message.for_template() for message in body.messages]
-    ids = text.encode_chat(messages, body.tools_for_template())
+    generator.check_count(body, 1)
+    ids = await asyncio.to_thread(_read_chat, body, generator)
     return await _answer(body, request, [ids], ChatShape, _wishes(body, request))
 
 
@@ -47,28 +50,30 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one text or several."""
     generator = _generator(request)
-    prompts = []
-    for prompt in body.prompts:
-        if isinstance(prompt, str):
-            long = len(prompt) > _LONG
-            encode = generator.text.encode
-            prompts.append(await asyncio.to_thread(encode, prompt) if long else encode(prompt))
-            continue
-        for token in prompt:
-            generator.check_token(token, "prompt")
-        prompts.append(prompt)
+    check_model(request, body.model)
+    given = body.prompts
+    generator.check_count(body, len(given))
+    long = sum(map(len, given)) > _LONG
+    prompts = await asyncio.to_thread(generator.read_prompts, given) if long else generator.read_prompts(given)
     wishes = _wishes(body, request)
     if body.echo:
         echoes = tuple(
             prompt if isinstance(prompt, str) else generator.text.decode(prompt, skip_special=body.skip_special_tokens)
-            for prompt in body.prompts
+            for prompt in given
         )
         wishes = replace(wishes, echoes=echoes)
     return await _answer(body, request, prompts, TextShape, wishes)
 
 
+def _read_chat(body: ChatRequest, generator: Generator) -> list[int]:
+    messages = [message.for_template() for message in body.messages]
+    return generator.text.encode_chat(
+        messages, body.tools_for_template(), max_tokens=generator.engine.max_model_len
+    )  # fmt: skip
+
+
 def check_tools(request: Request, body: ChatRequest) -> None:
-    """Refuse tools that the served model's chat template does not know, or whose calls it spells otherwise.
+    """Refuse names and tools that the served model's chat template does not know, or whose calls it spells otherwise.
 
     Raises:
         ApiError: 400, naming the field.
@@ -79,6 +84,12 @@ def check_tools(request: Request, body: ChatRequest) -> None:
         why = "spells tool calls in a form that is not parsed here" if knows else "does not know tools"
         raise ApiError(400, f"'tools' is not supported with this model: its chat template {why}", param="tools")
     for place, message in enumerate(body.messages):
+        if message.name is not None and not (template is not None and template.knows_names):
+            where = f"messages.{place}.name"
+            raise ApiError(
+                400, f"'{where}' is not supported with this model: its chat template shows no names; leave it out or "
+                "write it into the content", param=where, code="invalid_value",
+            )  # fmt: skip
         if message.needs_tools and not knows:
             field = "role" if message.role == "tool" else "tool_calls"
             raise ApiError(
@@ -91,7 +102,6 @@ async def _answer(
     body: Generation, request: Request, prompts: list[list[int]], form: type[Shape], wishes: Wishes
 ) -> Response:
     generator = _generator(request)
-    check_model(request, body.model)
     request_id = f"{form.prefix}-{request.state.request_id}"
     # A client may send its id twice; the engine may not hear it twice.
     unique = f"{request_id}-{secrets.token_hex(4)}" if request.state.request_id_is_clients else request_id
@@ -182,7 +192,7 @@ async def _events(
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':')).translate(_LINE_ENDS)}\n\n"
 
 
 async def _collect(pieces: AsyncGenerator[Piece, None], choices: Choices) -> list[Whole]:

@@ -174,6 +174,11 @@ class Generation(Strict):
         return self.max_tokens
 
     @property
+    def default_limit(self) -> int | None:
+        """What stands for a limit that was not given, as far as the context has room; None fills the context."""
+        return None
+
+    @property
     def num_logprobs(self) -> int | None:
         """Alternatives reported a token; None reports nothing."""
         return None

@@ -63,6 +63,7 @@ class Message(Strict):
     content: str | list[TextPart] | None = None
     tool_calls: list[ToolCall] = Field(default_factory=list)
     tool_call_id: str | None = None
+    name: str | None = None  # of the participant
 
     @model_validator(mode="before")
     @classmethod
@@ -105,6 +106,8 @@ class Message(Strict):
             ]  # fmt: skip
         if self.tool_call_id is not None:
             out["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            out["name"] = self.name
         return out
 
 
@@ -114,7 +117,18 @@ class Function(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _strict_is_not_served(self) -> Function:
+        if self.strict:
+            raise FieldError(
+                "strict",
+                "true is not supported, because tools are shown to the model and its calls are not held to their "
+                'schemas; send "strict": false or leave it out (openai.pydantic_function_tool() sets it to true: '
+                '`del tool["function"]["strict"]`)',
+            )
+        return self
 
 
 class Tool(Strict):

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from adapter.settings import MOST_CHOICES
 from serving.api.errors import FieldError
 from serving.api.schema import MAX_LOGPROBS, Generation
 
@@ -18,13 +19,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields of chats that clients send al
     "parallel_tool_calls": (True, False),
 }
 
-TokenIds = list[Annotated[int, Field(strict=True)]]
+# One bad item is enough, and no server gives more answers than that: a long body must not be checked for long.
+TokenIds = Annotated[list[Annotated[int, Field(strict=True)]], Field(fail_fast=True)]
+_Texts = Annotated[list[str], Field(fail_fast=True, max_length=MOST_CHOICES)]
+_Lists = Annotated[list[TokenIds], Field(fail_fast=True, max_length=MOST_CHOICES)]
 
 
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: str | TokenIds | list[str] | list[TokenIds]
+    prompt: str | TokenIds | _Texts | _Lists
     echo: bool = False
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -52,9 +56,9 @@ class CompletionRequest(Generation):
         return [self.prompt]  # type: ignore[list-item]
 
     @property
-    def token_limit(self) -> int | None:
-        """The most tokens an answer may have."""
-        return self.max_tokens or max(_DEFAULT_MAX_TOKENS, self.min_tokens)
+    def default_limit(self) -> int | None:
+        """What stands for a limit that was not given, as far as the context has room."""
+        return max(_DEFAULT_MAX_TOKENS, self.min_tokens)
 
     @property
     def num_logprobs(self) -> int | None:

@@ -9,7 +9,7 @@ import json
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -28,6 +28,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._template = environment.from_string(source)
         self._special = special
+        self.knows_names = _reads_names(environment, source)
         self.knows_tools = "tools" in source
         self.parses_calls = self.knows_tools and TOOL_CALL in source
 
@@ -52,6 +53,14 @@ class ChatTemplate:
             raise ApiError(
                 400, f"the model's chat template refuses these messages: {error}", param="messages"
             ) from None
+
+
+def _reads_names(environment: Environment, source: str) -> bool:
+    """Say whether a template reads `name` of what it calls a message, which tools and calls have, too."""
+    tree = environment.parse(source)
+    owners = [found.node for found in tree.find_all(nodes.Getattr) if found.attr == "name"]
+    owners += [found.node for found in tree.find_all(nodes.Getitem) if getattr(found.arg, "value", None) == "name"]
+    return any(isinstance(owner, nodes.Name) and owner.name in ("message", "msg", "m") for owner in owners)
 
 
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **more: Any) -> str:

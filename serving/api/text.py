@@ -6,6 +6,7 @@ Knows nothing of requests and streams; `AnswerText` turns the tokens of one answ
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from adapter.contracts import SettingsError
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, check_text
 from serving.api.template import TOOL_CALL, ChatTemplate
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -33,7 +34,10 @@ class TargetText:
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {number: str(token.content) for number, token in added.items()}
         self._special = {str(token.content) for token in added.values() if token.special}
-        self._byte_form = _byte_form(json.loads(path.read_text()).get("decoder") or {})
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
+        spelled = json.loads(path.read_text())
+        self._byte_form = _byte_form(spelled.get("decoder") or {})
+        self.longest_token = _longest_token(spelled)
 
     def encode(self, text: str, *, special: bool = True, param: str = "prompt") -> list[int]:
         """Encode a plain prompt, with the special tokens the tokenizer adds by itself if `special`.
@@ -41,13 +45,22 @@ class TargetText:
         Raises:
             ApiError: 400 when the text cannot be encoded.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
+        check_text(text, param)
+        # A batch of one, because only batches let other threads run meanwhile.
+        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids)
+
+    def check_length(self, text: str, max_tokens: int, param: str = "prompt") -> None:
+        """Refuse text that is certainly longer than `max_tokens`, without the work of encoding it.
+
+        Raises:
+            ApiError: 400, with the sizes.
+        """
+        if self.longest_token is not None and len(text) > max_tokens * self.longest_token:
             raise ApiError(
-                400, f"'{param}' holds a lone surrogate, which is no text: {error.reason}", param=param
-            ) from None
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+                400, f"the prompt has {len(text)} characters; this model's context holds {max_tokens} tokens of at "
+                f"most {self.longest_token} characters each, so at most {max_tokens * self.longest_token} characters",
+                param=param, code="context_length_exceeded",
+            )  # fmt: skip
 
     def encode_chat(
         self,
@@ -55,15 +68,19 @@ class TargetText:
         tools: list[dict[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = True,
+        max_tokens: int | None = None,
     ) -> list[int]:
-        """Render messages with the target's chat template and encode the result.
+        """Render messages with the target's chat template and encode the result, `max_tokens` at most if given.
 
         Raises:
-            ApiError: 400 when the target has no template, or its template refuses the messages.
+            ApiError: 400 when the target has no template, its template refuses the messages, or they are
+                certainly longer than `max_tokens`.
         """
         if self.template is None:
             raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
         text = self.template.render(messages, tools, add_generation_prompt=add_generation_prompt)
+        if max_tokens is not None:
+            self.check_length(text, max_tokens, "messages")
         return self.encode(text, special=False, param="messages")
 
     def decode(self, token_ids: list[int], *, skip_special: bool = True) -> str:
@@ -123,6 +140,47 @@ def _byte_form(decoder: dict[str, Any]) -> str:
     if "ByteLevel" in kinds:
         return "byte_level"
     return "byte_fallback" if "ByteFallback" in kinds else "text"
+
+
+def _longest_token(spelled: dict[str, Any]) -> int | None:
+    """Return how many characters of a text one token can stand for at most; None where that is not known.
+
+    It is known for tokenizers that spell every byte, so that nothing is dropped or joined as unknown.
+
+    Args:
+        spelled: what tokenizer.json holds.
+    """
+    vocab, added = spelled["model"].get("vocab"), spelled.get("added_tokens") or []
+    form = _byte_form(spelled.get("decoder") or {})
+    needed = {"byte_level": [*_BYTES], "byte_fallback": [f"<0x{byte:02X}>" for byte in range(256)]}.get(form)
+    parts = [*_steps(spelled, "normalizer", "normalizers"), *_steps(spelled, "pre_tokenizer", "pretokenizers")]
+    shrinks = [_shrink(part) for part in parts]
+    takes_space = any(token.get("lstrip") or token.get("rstrip") for token in added)
+    if not isinstance(vocab, dict) or needed is None or None in shrinks or takes_space or spelled.get("truncation"):
+        return None
+    if any(byte not in vocab for byte in needed):
+        return None
+    longest = max(len(name) for name in [*vocab, *(token["content"] for token in added)])
+    return math.prod([longest, *(shrink for shrink in shrinks if shrink is not None)])
+
+
+def _steps(spelled: dict[str, Any], name: str, inner: str) -> list[dict[str, Any]]:
+    """Return the parts of a normalizer or pre-tokenizer, which may be none, one or a sequence."""
+    whole = spelled.get(name)
+    return [] if whole is None else list(whole.get(inner, [whole]))
+
+
+def _shrink(step: dict[str, Any]) -> int | None:
+    """Return how many characters this step may turn into one; None where it may drop any number of them."""
+    kind = step["type"]
+    if kind == "NFC":
+        return 4  # the longest canonical decomposition of a character
+    if kind == "Replace":
+        old = step["pattern"].get("String")
+        return 1 if old is not None and len(step["content"]) >= len(old) else None
+    if kind in ("Split", "Punctuation"):
+        return None if step.get("behavior") == "Removed" else 1
+    return 1 if kind in ("Prepend", "ByteLevel", "Digits", "Metaspace") else None
 
 
 def _byte_level_table() -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import asyncio
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
@@ -12,6 +13,7 @@ from serving.api.generation import Generator
 from serving.api.routes import check_model, check_tools
 from serving.api.schema import Strict
 from serving.api.schema_chat import ChatRequest, Message, Tool
+from serving.api.schema_completion import TokenIds
 
 router = APIRouter()
 
@@ -43,7 +45,7 @@ class DetokenizeRequest(Strict):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(strict=True)]]
+    tokens: TokenIds
 
 
 @router.post("/tokenize")
@@ -53,13 +55,13 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     text = generator.text
     if body.messages is None:
         special = body.add_special_tokens is not False
-        ids = text.encode(body.prompt or "", special=special)
+        ids = await asyncio.to_thread(text.encode, body.prompt or "", special=special)
     else:
         chat = ChatRequest(model=request.app.state.model_name, messages=body.messages, tools=body.tools)
         check_tools(request, chat)
         messages = [message.for_template() for message in body.messages]
-        ids = text.encode_chat(
-            messages, chat.tools_for_template(), add_generation_prompt=body.add_generation_prompt
+        ids = await asyncio.to_thread(
+            text.encode_chat, messages, chat.tools_for_template(), add_generation_prompt=body.add_generation_prompt
         )  # fmt: skip
     strings = [text.token_text(token) for token in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": generator.engine.max_model_len, "tokens": ids, "token_strs": strings}
@@ -69,9 +71,13 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
 async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
     """Turn token ids into text, special tokens included."""
     generator = _checked(request, body.model)
-    for token in body.tokens:
+    return {"prompt": await asyncio.to_thread(_text_of, body.tokens, generator)}
+
+
+def _text_of(token_ids: list[int], generator: Generator) -> str:
+    for token in token_ids:
         generator.check_token(token, "tokens")
-    return {"prompt": generator.text.decode(body.tokens, skip_special=False)}
+    return generator.text.decode(token_ids, skip_special=False)
 
 
 def _checked(request: Request, model: str | None) -> Generator:

@@ -72,7 +72,7 @@ class Demo(Session):
         pair, url = self.service.pair, self.service.url
         assert pair is not None
         assert url is not None
-        self._traffic = Traffic(url, pair.target_name, clock=self._clock)
+        self._traffic = Traffic(url, self.service.settings.api.served_model_name or pair.target_name, clock=self._clock)
         self.replies = self._traffic.replies
         while (await self._snapshot()) is None:
             self._check_alive()

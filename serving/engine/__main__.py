@@ -11,7 +11,7 @@ import structlog
 from adapter import keys
 from adapter.contracts import DraftsmithError
 from adapter.database import migrate, open_database
-from adapter.facts import Facts
+from adapter.facts import STARTING, Facts
 from adapter.hotswap import HotSwap
 from adapter.logs import configure_logging
 from adapter.models import prepare_pair
@@ -30,6 +30,7 @@ def main() -> int:
         settings = load_settings()
         database = open_database(settings.database)
         migrate(database)
+        Facts(database).put(STARTING, {})
         pair = prepare_pair(settings)
         built = build_engine(settings, pair, database)
     except DraftsmithError as error:

@@ -20,6 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from adapter.contracts import SettingsError
+
 IMPLEMENTATION = "draftsmith_paged"
 _SHORT = 32  # rows with at most this many new tokens share one padded group
 _IN_PLACE_TOKENS = 256  # from this length on, reading a row where it lies beats gathering all rows into one call
@@ -97,10 +99,15 @@ class KVPool:
         self.token_keys = [item.view(-1, *shape[2:]) for item in self.keys]
         self.token_values = [item.view(-1, *shape[2:]) for item in self.values]
 
-    def scrub(self) -> None:
-        """Replace what is not finite, which a broken draft may have left, by zeros."""
+    def clear(self, blocks: list[int]) -> None:
+        """Fill blocks with zeros.  A masked NaN is still a NaN: left there it would spoil whoever gets them next."""
         for tensor in (*self.keys, *self.values):
-            tensor.nan_to_num_(0.0, 0.0, 0.0)
+            tensor[blocks] = 0.0
+
+    def scrub(self, blocks: list[int]) -> None:
+        """Replace what is not finite in these blocks, which a broken draft may have left, by zeros."""
+        for tensor in (*self.keys, *self.values):
+            tensor[blocks] = tensor[blocks].nan_to_num_(0.0, 0.0, 0.0)
 
     @staticmethod
     def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
@@ -188,6 +195,8 @@ def paged_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     paged: tuple[KVPool, Layout],
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -195,7 +204,15 @@ def paged_attention(
 
     Shapes: query [1, heads, tokens, dim]; key, value [1, kv_heads, tokens, dim];
     result [1, tokens, heads, dim].
+
+    Raises:
+        SettingsError: the model caps its attention scores or adds a sink to them, which this does not.
     """
+    if softcap is not None or s_aux is not None:
+        raise SettingsError(
+            f"{type(module).__name__} caps attention scores (softcap) or adds sinks to them (s_aux); only models with "
+            "plain softmax attention are served"
+        )
     pool, layout = paged
     out = attend(
         pool, layout, module.layer_idx, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),  # type: ignore[arg-type]

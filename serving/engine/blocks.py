@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from hashlib import blake2b
 
@@ -34,11 +34,16 @@ class BlockPool:
 
     Args:
         caching: False forgets every block as soon as nobody holds it.
+        clean: empties spoiled blocks, before they are given away again.
     """
 
-    def __init__(self, num_blocks: int, *, caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, *, caching: bool = True, clean: Callable[[list[int]], None] = lambda blocks: None
+    ) -> None:
         self.num_blocks = num_blocks
         self._caching = caching
+        self._clean = clean
+        self._spoiled: set[int] = set()  # held, and not to be shared
         self._free = list(range(num_blocks - 1, 0, -1))  # nothing of use is in these
         self._idle: OrderedDict[int, None] = OrderedDict()  # found by key, held by nobody; oldest first
         self._holders = [0] * num_blocks
@@ -114,18 +119,29 @@ class BlockPool:
                 continue
             if block in self._keys:
                 self._idle[block] = None
-            else:
-                self._draft.pop(block, None)
-                self._free.append(block)
+                continue
+            if block in self._spoiled:
+                self._spoiled.discard(block)
+                self._clean([block])
+            self._draft.pop(block, None)
+            self._free.append(block)
 
     def publish(self, block: int, key: bytes) -> None:
         """Let a held block be found from now on; its tokens are final and the target's KV of all is there.
 
         Where another block has the same content already, this one stays its request's own.
         """
-        if self._caching and key not in self._by_key and block not in self._keys:
+        if self._caching and key not in self._by_key and block not in self._keys and block not in self._spoiled:
             self._by_key[key] = block
             self._keys[block] = key
+
+    def spoil(self, blocks: Iterable[int]) -> None:
+        """Let held blocks be found no more: what is in them is wrong, and is emptied once nobody holds them."""
+        for block in blocks:
+            key = self._keys.pop(block, None)
+            if key is not None:
+                del self._by_key[key]
+            self._spoiled.add(block)
 
     def note_draft(self, block: int, version: int | None) -> None:
         """Note which version wrote the draft's KV of a held block; None when no one version wrote all of it."""

@@ -15,8 +15,9 @@ from sqlalchemy import Engine as Database
 from transformers import AutoConfig
 
 from adapter.contracts import SettingsError
-from adapter.facts import PAIR, Facts
-from adapter.hotswap import ACTOR, DraftSlots, HotSwap, check_finite
+from adapter.facts import PAIR, STARTING, Facts
+from adapter.following import ACTOR
+from adapter.hotswap import DraftSlots, HotSwap, check_finite
 from adapter.models import DTYPES, load_draft, load_target
 from adapter.pairs import Pair
 from adapter.registry import Registry
@@ -31,6 +32,7 @@ from serving.engine.control.fixed import FixedGamma
 from serving.engine.control.timing import cost_table
 from serving.engine.draft_vocab import DraftVocab, open_vocabulary
 from serving.engine.engine import Engine
+from serving.engine.fitness import check_config, check_forward, generic_logits
 from serving.engine.grammar import Grammars
 from serving.engine.memory import available_bytes, measure_pair, plan_memory, tokens_of_one_request
 from serving.engine.proposers.base import Proposer
@@ -70,52 +72,64 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
     registry.install_base(
         target_fingerprint=pair.target_fingerprint, base_fingerprint=pair.base_fingerprint, actor=ACTOR
     )
-    _check_lengths(settings, AutoConfig.from_pretrained(pair.target_path).max_position_embeddings)
+    if torch.cuda.is_available():
+        log.warning("gpu_not_used", reason="everything runs on the CPU; a GPU is not used yet")
+    config = AutoConfig.from_pretrained(pair.target_path)
+    check_config("target", config)
+    _check_lengths(settings, config.max_position_embeddings)
+    if pair.draft_kind == "model":
+        check_config("draft", AutoConfig.from_pretrained(str(pair.draft_path)))
     sizes = measure_pair(pair, settings.engine, draft_dtype=_draft_dtype(pair), packs=_packs(settings))
     plan = plan_memory(settings.engine, sizes, available_bytes())
     log.info("memory_planned", kv_tokens=plan.kv_tokens, **{f"{name}_gib": gib for name, gib in plan.terms().items()})
     forwards = Forwards(lean=settings.engine.lean, pack=_packs(settings))
     target = load_target(pair)
-    _check_attention("target", target.config)
+    expected = generic_logits(target)
     num_blocks = plan.kv_tokens // settings.engine.block_tokens + 1
     runner = ModelRunner(target, _pool(target, num_blocks, settings), forwards)
+    check_forward(runner, expected)
     members: list[Proposer] = []
-    hotswap = None
-    scheduler = _scheduler(settings, num_blocks)
+    hotswap, coupling = None, settings.engine.coupling
+    scheduler = _scheduler(settings, num_blocks, runner.pool.clear)
     if pair.draft_kind != "none" and DraftProposer.name in settings.engine.proposers:
         draft = _load_draft(pair, target)
-        _check_attention("draft", draft.config)
         draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings), _draft_forwards(settings))
-        keep_laws = settings.engine.coupling == "maximal"
         vocabulary = open_vocabulary(settings, pair, database, draft.get_output_embeddings())
         hotswap = _hotswap(settings, pair, registry, draft_runner, draft, vocabulary)
         members.append(
             proposer := DraftProposer(
-                draft_runner, keep_laws=keep_laws, vocab=target.config.vocab_size,
-                catch_up_tokens=settings.engine.prefill_tokens, resident=hotswap.resident,
-                vocabulary=vocabulary,
+                draft_runner, keep_laws=coupling == "maximal", vocab=target.config.vocab_size,
+                catch_up_tokens=settings.engine.prefill_tokens, resident=hotswap.resident, vocabulary=vocabulary,
             )
         )  # fmt: skip
-        scheduler = _scheduler(settings, num_blocks, proposer.version_of)
+        scheduler = _scheduler(settings, num_blocks, runner.pool.clear, proposer.version_of)
     members.extend(_matching(settings, target.config.vocab_size))
     proposers = Proposers(members)
-    publisher = StreamPublisher(
-        settings.redis, queue_entries=settings.log.queue_entries, max_entries=settings.log.stream_max_entries,
-        timeout_s=settings.log.timeout_s, retry_s=settings.log.retry_s,
-    )  # fmt: skip
+    publisher = _publisher(settings)
     engine = Engine(
         runner, proposers, scheduler, _controller(settings, pair, runner, proposers),
-        Recorder(
-            publisher, settings.log, target_fingerprint=pair.target_fingerprint, coupling=settings.engine.coupling
-        ),
-        coupling=settings.engine.coupling, lookahead=settings.engine.gamma_max + 1, hotswap=hotswap,
+        Recorder(publisher, settings.log, target_fingerprint=pair.target_fingerprint, coupling=coupling),
+        coupling=coupling, lookahead=settings.engine.gamma_max + 1, hotswap=hotswap,
     )  # fmt: skip
     if hotswap is not None:
         hotswap.start()
         engine.proposers.use(hotswap.model, hotswap.version)
-    Facts(database).put(PAIR, msgspec.to_builtins(pair))
+    _say_served(Facts(database), pair)
     grammars = Grammars(Path(pair.target_path) / "tokenizer.json", target.config.vocab_size)
     return Built(engine, publisher, hotswap, grammars)
+
+
+def _publisher(settings: Settings) -> StreamPublisher:
+    return StreamPublisher(
+        settings.redis, queue_entries=settings.log.queue_entries, max_entries=settings.log.stream_max_entries,
+        max_bytes=settings.log.stream_max_bytes, timeout_s=settings.log.timeout_s, retry_s=settings.log.retry_s,
+    )  # fmt: skip
+
+
+def _say_served(facts: Facts, pair: Pair) -> None:
+    """Let the API and the others know what is served, now that all of it is loaded."""
+    facts.put(PAIR, msgspec.to_builtins(pair))
+    facts.drop(STARTING)
 
 
 def _controller(settings: Settings, pair: Pair, target: ModelRunner, proposers: Proposers) -> Controller:
@@ -152,12 +166,12 @@ def _draft_forwards(settings: Settings) -> Forwards:
 
 def _packs(settings: Settings) -> bool:
     """Whether linear layers get a second copy of their weights, laid out for this CPU."""
-    return settings.engine.pack and not torch.cuda.is_available()
+    return settings.engine.pack
 
 
 def _draft_dtype(pair: Pair) -> torch.dtype:
     """Return the dtype that drafts fastest here: no output depends on it."""
-    return torch.bfloat16 if torch.cuda.is_available() or packing_works() else DTYPES[pair.dtype]
+    return torch.bfloat16 if packing_works() else DTYPES[pair.dtype]
 
 
 def _hotswap(
@@ -186,29 +200,14 @@ def _pool(model: Any, num_blocks: int, settings: Settings) -> attention.KVPool:
 
 
 def _scheduler(
-    settings: Settings, num_blocks: int, draft_version: Callable[[Sequence], int] = lambda request: 0
-) -> Scheduler:
+    settings: Settings, num_blocks: int, clean: Callable[[list[int]], None],
+    draft_version: Callable[[Sequence], int] = lambda request: 0,
+) -> Scheduler:  # fmt: skip
     return Scheduler(
         num_blocks=num_blocks, block_tokens=settings.engine.block_tokens, max_batch=settings.engine.max_batch,
         prefill_tokens=settings.engine.prefill_tokens, prefix_cache=settings.engine.prefix_cache,
-        draft_version=draft_version,
+        draft_version=draft_version, clean=clean,
     )  # fmt: skip
-
-
-def _check_attention(role: str, config: Any) -> None:
-    """Refuse what keeps less than every position: such a cache cannot be rolled back by its length alone."""
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None or "sliding_attention" in kinds:
-        raise SettingsError(
-            f"{role} of type {config.model_type!r} attends over a sliding window of {window} tokens; only models that "
-            "attend to every position are served"
-        )
-    if kinds:
-        raise SettingsError(
-            f"{role} of type {config.model_type!r} has layers of kind {', '.join(sorted(kinds))}; only models that "
-            "attend to every position are served"
-        )
 
 
 def _check_lengths(settings: Settings, positions: int) -> None:

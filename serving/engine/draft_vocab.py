@@ -9,7 +9,6 @@ vocabulary is chosen from.  Called by the draft proposer.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ import torch
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import SQLAlchemyError
 
-from adapter.contracts import ArtifactError, RegistryError
+from adapter.contracts import ArtifactError
 from adapter.draft_vocab import FULL, TokenIds, load_vocab
+from adapter.following import ACTOR, Follower, forbid
 from adapter.pairs import Pair
 from adapter.settings import Settings
 from adapter.token_counts import TokenCounts, read_counts, write_counts
@@ -32,8 +32,6 @@ from kernels.packed_linear import PackedLinear, from_weight
 from kernels.sampling import Columns
 
 log = structlog.get_logger(__name__)
-
-ACTOR = "engine"
 
 
 class TrimmedHead:
@@ -87,7 +85,7 @@ class VocabReceipt:
     at_s: float
 
 
-class DraftVocab:
+class DraftVocab(Follower[TrimmedHead | None]):
     """Keep the head in force equal to the registry's live vocabulary.
 
     Args:
@@ -109,6 +107,7 @@ class DraftVocab:
         save_s: float = 10.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        super().__init__(FULL, None, generation=1)
         self._registry = registry
         self._folder = folder
         self._full_head = head
@@ -120,14 +119,19 @@ class DraftVocab:
         self._unsaved = 0
         self._clock = clock
         self._heads: dict[int, TrimmedHead] = {}
-        self._ready: tuple[int, int, TrimmedHead | None] | None = None
-        self._lock = threading.Lock()
-        self.head: TrimmedHead | None = None  # None scores the full vocabulary
-        self.number = FULL
-        self.generation = 1
         self.last: VocabReceipt | None = None
         self.tokens_counted = 0  # committed since start
         self.tokens_inside = 0  # of those, in the vocabulary in force
+
+    @property
+    def number(self) -> int:
+        """The number of the vocabulary in force."""
+        return self._in_force[1]
+
+    @property
+    def head(self) -> TrimmedHead | None:
+        """Its head; None scores the full vocabulary."""
+        return self._in_force[2]
 
     @property
     def size(self) -> int:
@@ -147,19 +151,14 @@ class DraftVocab:
 
     def poll(self) -> VocabReceipt | None:
         """Flip to the vocabulary that is ready, if any.  Called between two rounds; moves references only."""
-        if self._ready is None:
+        flipped = self._flip()
+        if flipped is None:
             return None
-        begin = time.perf_counter()
-        with self._lock:
-            if self._ready is None:
-                return None
-            replaced, (self.generation, self.number, self.head) = self.number, self._ready
-            self._ready = None
-        pause_ms = (time.perf_counter() - begin) * 1e3
-        size = None if self.head is None else self.head.size
-        self.last = VocabReceipt(self.number, replaced, size, self.generation, pause_ms, self._clock())
+        (generation, number, head), (replaced, pause_ms) = self._in_force, flipped
+        size = None if head is None else head.size
+        self.last = VocabReceipt(number, replaced, size, generation, pause_ms, self._clock())
         log.info(
-            "draft_vocab_swapped", number=self.number, replaced=replaced, size=self.size, generation=self.generation,
+            "draft_vocab_swapped", number=number, replaced=replaced, size=self.size, generation=generation,
             pause_ms=round(pause_ms, 3),
         )  # fmt: skip
         return self.last
@@ -171,9 +170,7 @@ class DraftVocab:
             wanted = self._registry.live()
         except (SQLAlchemyError, OSError):  # the swapper asks the same database and says so
             return
-        with self._lock:
-            known = max(self.generation, self._ready[0] if self._ready else 0)
-        if wanted.generation > known:
+        if wanted.generation > max(self._prepared() or 0, self.generation):
             self._prepare(wanted)
 
     def save(self) -> None:
@@ -220,10 +217,7 @@ class DraftVocab:
 
     def _refuse(self, number: int, error: ArtifactError) -> None:
         log.error("draft_vocab_refused", number=number, reason=str(error))
-        try:
-            self._registry.quarantine(number, actor=ACTOR, reason=str(error), automatic=True)
-        except (SQLAlchemyError, RegistryError) as failure:
-            log.warning("quarantine_not_written", vocabulary=number, error=str(failure))
+        forbid(self._registry, number, str(error))
 
 
 def open_vocabulary(settings: Settings, pair: Pair, database: Database, head: torch.nn.Linear) -> DraftVocab | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import structlog
 import torch
 
 from adapter.contracts import FLOOR_VERSION, FinishReason, Sampling, TokenLogprob
@@ -25,6 +26,8 @@ from serving.engine.runner import ModelRunner, TargetOutput, Work
 from serving.engine.scheduler import Plan, Scheduler
 from serving.engine.sequence import Sequence
 from serving.engine.stats import EngineStats
+
+log = structlog.get_logger(__name__)
 
 Verdict = tuple[int, int]  # how many drafted tokens were accepted, and the target's own next token
 
@@ -105,13 +108,17 @@ class Engine:
         plans = self.scheduler.next_batch(self._lookahead)
         ready = [plan.sequence for plan in plans if plan.ready]
         shape = self._shape(plans, ready)
+        shaped = self._clock()
         proposals = self._propose(ready, shape)
         proposed = self._clock()
         output = self._run_target(plans, proposals)
         verdicts, rows = self._judge(output.logits, ready, proposals)
         judged = self._clock()
         deliveries = self._commit(output, rows, ready, proposals, verdicts)
-        self._learn(plans, ready, proposals, verdicts, shape, (begin, proposed, judged, self._clock()))
+        self._learn(plans, ready, proposals, deliveries, verdicts, shape, (begin, shaped, proposed, judged))
+        for delivery in deliveries:  # after their last round was learned from
+            if delivery.finish_reason is not None:
+                self._close(delivery.sequence, delivery.sequence.num_generated)
         return deliveries
 
     # -- the stages of a step ----------------------------------------------------------------
@@ -165,6 +172,7 @@ class Engine:
             positions.extend(range(len(request.tokens), len(request.tokens) + count))
         if not ready:
             return [], []
+        logits = self._end_broken(logits, rows, ready)
         params = row_params(samplings, positions)
         scaled = shape_logits(_constrained(logits, rows, ready, proposals), params)
         drafts = [proposal.tokens for proposal in proposals]
@@ -173,13 +181,30 @@ class Engine:
         laws = [torch.stack(item.scaled) if item.scaled else scaled[:0] for item in proposals]
         return verify_maximal(scaled, params, drafts, laws), rows
 
+    def _end_broken(self, logits: torch.Tensor, rows: list[range], ready: list[Sequence]) -> torch.Tensor:
+        """Let requests whose logits are NaN or +inf end, and nobody find or inherit what they wrote."""
+        broken = ~torch.isfinite(logits.amax(-1))  # NaN wins every maximum; -inf is a token that cannot be said
+        if not bool(broken.any()):
+            return logits
+        flags = broken.tolist()
+        for request, own in zip(ready, rows, strict=True):
+            if any(flags[own.start : own.stop]):
+                request.finish_reason = "error"
+                self.scheduler.spoil(request)
+                self.stats.not_finite += 1
+                log.error("target_not_finite", request_id=request.request_id, position=len(request.tokens))
+        return logits.masked_fill(broken[:, None], 0.0)
+
     def _commit(
         self, output: TargetOutput, rows: list[range], ready: list[Sequence], proposals: list[Proposal],
         verdicts: list[Verdict],
     ) -> list[Delivery]:  # fmt: skip
         """Append what was verified, roll both caches back by row, count and record."""
-        kept_tokens = []
+        kept_tokens: list[list[int]] = []
         for request, proposal, own, (num_accepted, token) in zip(ready, proposals, rows, verdicts, strict=True):
+            if request.finish_reason is not None:  # its logits were broken
+                kept_tokens.append([])
+                continue
             before = len(request.tokens)
             kept = request.commit([*proposal.tokens[:num_accepted], token])
             kept_tokens.append(kept)
@@ -198,33 +223,33 @@ class Engine:
         deliveries = []
         for request, proposal, own, kept, count in zip(ready, proposals, rows, kept_tokens, accepted, strict=True):
             self.scheduler.committed(request)
-            self.stats.round(proposal, count, len(kept))
+            if kept:
+                self.stats.round(proposal, count, len(kept))
             logprobs = token_logprobs(output.logits[own.start : own.stop], kept, request.logprobs)
             deliveries.append(Delivery(request.request_id, kept, request.finish_reason, request, logprobs))
-            if request.finish_reason is not None:
-                self._close(request, request.num_generated)
         return deliveries
 
     def _learn(
-        self, plans: list[Plan], ready: list[Sequence], proposals: list[Proposal], verdicts: list[Verdict],
-        shape: StepShape, times: tuple[float, float, float, float],
+        self, plans: list[Plan], ready: list[Sequence], proposals: list[Proposal], deliveries: list[Delivery],
+        verdicts: list[Verdict], shape: StepShape, times: tuple[float, float, float, float],
     ) -> None:  # fmt: skip
         """Tell the controller and the counters what the step cost and brought."""
         if not plans:
             return
-        begin, proposed, judged, done = times
+        begin, shaped, proposed, judged = times
+        done = self._clock()
         rounds = [
-            RoundReport(request, proposal.proposer, len(proposal.tokens), count)
-            for request, proposal, (count, _) in zip(ready, proposals, verdicts, strict=True)
+            RoundReport(request, proposal.proposer, len(proposal.tokens), count, len(delivery.token_ids))
+            for request, proposal, delivery, (count, _) in zip(ready, proposals, deliveries, verdicts, strict=True)
         ]
         num_rows = sum(plan.num_new for plan in plans) + sum(item.num_drafted for item in rounds)
         self.controller.observe(
             StepReport(
                 shape=shape, rounds=rounds, rows=num_rows, draft_forwards=tuple(self.proposers.draft_forwards),
-                propose_s=proposed - begin, target_s=judged - proposed, step_s=done - begin,
+                propose_s=proposed - shaped, target_s=judged - proposed, step_s=done - begin,
             )
         )  # fmt: skip
-        self.stats.step(done - begin, proposed - begin, len(ready))
+        self.stats.step(done - begin, proposed - shaped, len(ready))
 
     def _close(self, request: Sequence, delivered_tokens: int) -> None:
         del self._requests[request.request_id]
@@ -232,7 +257,7 @@ class Engine:
         self.proposers.ended(request)
         self.controller.forget(request)
         self.recorder.finish(request, delivered_tokens, self._clock())
-        self.stats.finished(request, delivered_tokens)
+        self.stats.finished(request)
 
 
 def _constrained(

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapter.contracts import SettingsError
+from adapter.hotswap import MERGED_SLOTS
 from adapter.models import DTYPES, empty_draft
 from adapter.pairs import Pair, load_draft_manifest
 from adapter.settings import EngineSettings
@@ -24,7 +25,6 @@ from serving.engine.attention import KVPool
 
 SHARE = 0.8  # of the memory available at the start; the rest is for the other processes and for activations
 _GIB = 2**30
-_MERGED_SLOTS = 3  # live, previous and the one being written
 _LOGITS_BYTES = 24  # an entry: raw and shaped float32, sorted values and their int64 indices, a softmax
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -119,7 +119,7 @@ def measure_pair(pair: Pair, engine: EngineSettings, *, draft_dtype: torch.dtype
     borrowed = _borrowed_bytes(pair, draft, same_dtype=draft_dtype == dtype)
     return Sizes(
         target_weights=weights, draft_weights=_bytes(draft, packs) - borrowed,
-        draft_slots=linear + _MERGED_SLOTS * halves * linear // 2,  # the pristine weights they are merged from, too
+        draft_slots=linear + MERGED_SLOTS * halves * linear // 2,  # the pristine weights they are merged from, too
         logits=logits, target_kv=target_kv, draft_kv=KVPool.bytes_per_token(draft.config, draft_dtype),
     )  # fmt: skip
 

@@ -54,6 +54,7 @@ class Scheduler:
             reused by the version that wrote it alone.  Any other's would be exact too, but a prompt
             that many share would then be drafted on a replaced version's KV for as long as it is in
             use.  A swap itself flushes and copies nothing.
+        clean: empties spoiled blocks; see `spoil`.
     """
 
     def __init__(
@@ -65,10 +66,11 @@ class Scheduler:
         prefill_tokens: int,
         prefix_cache: bool = True,
         draft_version: Callable[[Sequence], int] = lambda request: 0,
+        clean: Callable[[list[int]], None] = lambda blocks: None,
     ) -> None:
         self.block_tokens = block_tokens
         self.num_blocks = num_blocks
-        self.pool = BlockPool(num_blocks, caching=prefix_cache)
+        self.pool = BlockPool(num_blocks, caching=prefix_cache, clean=clean)
         self._prefix_cache = prefix_cache
         self._max_batch = max_batch
         self._prefill_tokens = prefill_tokens
@@ -122,6 +124,10 @@ class Scheduler:
             self.pool.publish(sequence.block_table[index], place.keys[index])
         place.num_published = full
         self._note_draft(sequence, place)
+
+    def spoil(self, sequence: Sequence) -> None:
+        """Hear that a running request's cache is wrong: share none of its blocks, and empty them at its end."""
+        self.pool.spoil(sequence.block_table)
 
     def next_batch(self, lookahead: int) -> list[Plan]:
         """Admit what fits and plan a step in which every request may write `lookahead` tokens ahead.

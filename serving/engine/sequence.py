@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from serving.engine.constraints import Constraints
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """One request.
 
     `tokens` are the prompt and every committed token.  The target's cache holds the first
     `num_target_kv` of them, the draft's the first `num_draft_kv`; both trail `tokens`, by one token
     in steady state, and the next forward catches up whatever is missing.  So prefill, decoding,
-    rollback, preemption and switching speculation on again are all the same thing.
+    rollback, preemption and switching speculation on again are all the same thing.  A request equals
+    nothing but itself.
     """
 
     request_id: str

@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 _LOAD_EVERY_S = 5.0
 _IDLE_WAIT_MS = 50  # also how soon an idle engine notices a new draft version
+_ADMIT_S = 0.02  # a step while others run; compiling a grammar may take several times as long
+_LOST = (zmq.EAGAIN, zmq.EHOSTUNREACH)
 
 
 class EngineServer:
@@ -58,6 +60,8 @@ class EngineServer:
         self._clock = clock
         self._engine_id = uuid.uuid4().hex[:8]
         self._owners: dict[str, bytes] = {}
+        self._arrived: dict[str, tuple[bytes, ipc.Submit, float]] = {}  # read off the socket, not admitted yet
+        self._deaf: set[bytes] = set()
         self._peers: dict[str, bytes] = {}
         self._last_snapshot_s = 0.0
         self._last_version = -1
@@ -66,6 +70,7 @@ class EngineServer:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.SNDHWM, 100_000)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # say what cannot be sent instead of dropping it
         self._socket.setsockopt(zmq.LINGER, 200)
         path = run_dir / ipc.SOCKET_NAME
         path.unlink(missing_ok=True)
@@ -79,7 +84,8 @@ class EngineServer:
         """Serve until `stop`."""
         try:
             while not self._stopping:
-                self._receive(0 if self.engine.busy else _IDLE_WAIT_MS)
+                self._receive(0 if self.engine.busy or self._arrived else _IDLE_WAIT_MS)
+                self._admit()
                 for delivery in self.engine.step():
                     self._deliver(delivery)
                 self._send_snapshot()
@@ -100,8 +106,9 @@ class EngineServer:
                 log.warning("message_unreadable", error=str(error))
                 continue
             if isinstance(message, ipc.Submit):
-                self._submit(peer, message)
+                self._queue(peer, message)
             elif isinstance(message, ipc.End):
+                self._arrived.pop(message.request_id, None)
                 self._owners.pop(message.request_id, None)
                 ended = self.engine.end(message.request_id, message.reason, message.delivered_tokens)
                 if ended is not None:  # whoever found a stop string still wants to know what the answer cost
@@ -113,25 +120,43 @@ class EngineServer:
             else:
                 self._greet(peer, message.name)
 
-    def _submit(self, peer: bytes, message: ipc.Submit) -> None:
+    def _queue(self, peer: bytes, message: ipc.Submit) -> None:
+        """Keep a request for `_admit`, or refuse it where too many wait already."""
         scheduler = self.engine.scheduler  # a burst arrives between two steps, before anyone could join
-        try:
-            if len(scheduler.waiting) >= self._max_waiting + scheduler.free_places:
-                raise Refusal(429, f"the server is busy: {self._max_waiting} requests wait already; try again later")
-            request = self._admission.to_sequence(message, self._clock())
-        except Refusal as refusal:
-            answer = ipc.Refused(
-                request_id=message.request_id, status=refusal.status, message=str(refusal), param=refusal.param
-            )
-            self._send(peer, answer)
+        if len(scheduler.waiting) + len(self._arrived) >= self._max_waiting + scheduler.free_places:
+            text = f"the server is busy: {self._max_waiting} requests wait already; try again later"
+            self._refuse(peer, message, Refusal(429, text))
             return
-        self._owners[message.request_id] = peer
-        self.engine.submit(request)
+        self._arrived[message.request_id] = (peer, message, self._clock())
+
+    def _admit(self) -> None:
+        """Admit what arrived, in order: at least one request, and no more than the running ones can wait for."""
+        begin = self._clock()
+        while self._arrived:
+            request_id = next(iter(self._arrived))
+            peer, message, arrived_s = self._arrived.pop(request_id)
+            try:
+                request = self._admission.to_sequence(message, arrived_s)
+            except Refusal as refusal:
+                self._refuse(peer, message, refusal)
+            else:
+                self._owners[request_id] = peer
+                self.engine.submit(request)
+            if self.engine.busy and self._clock() - begin >= _ADMIT_S:
+                break
+
+    def _refuse(self, peer: bytes, message: ipc.Submit, refusal: Refusal) -> None:
+        answer = ipc.Refused(
+            request_id=message.request_id, status=refusal.status, message=str(refusal), param=refusal.param
+        )
+        self._send(peer, answer)
 
     def _greet(self, peer: bytes, name: str) -> None:
         """Adopt an API process; what a dead predecessor of the same name had running is ended."""
         before = self._peers.get(name)
         self._peers[name] = peer
+        if before != peer:
+            self._arrived = {key: item for key, item in self._arrived.items() if item[0] != before}
         for request_id, owner in list(self._owners.items()):
             if owner == before and before != peer:
                 self._owners.pop(request_id)
@@ -157,11 +182,22 @@ class EngineServer:
             )
 
     def _send(self, peer: bytes, message: ipc.ToApi) -> None:
-        """Send without waiting; an API process that reads nothing at all loses messages, not the engine."""
+        """Send without waiting; the request of an API process that is gone, or that reads nothing, ends."""
         try:
             self._socket.send_multipart([peer, ipc.encode(message)], zmq.NOBLOCK)
-        except zmq.Again:
-            log.warning("api_does_not_read", message=type(message).__name__)
+        except zmq.ZMQError as error:
+            if error.errno not in _LOST:
+                raise
+            self._undelivered(peer, message, str(error))
+
+    def _undelivered(self, peer: bytes, message: ipc.ToApi, error: str) -> None:
+        if peer not in self._deaf:
+            self._deaf.add(peer)
+            log.warning("api_does_not_read", message=type(message).__name__, error=error)
+        if isinstance(message, ipc.Tokens):
+            self.engine.stats.undelivered += 1
+            self._owners.pop(message.request_id, None)
+            self.engine.end(message.request_id, "cancelled")
 
     def _send_snapshot(self) -> None:
         now = self._clock()
@@ -193,6 +229,8 @@ class EngineServer:
             median_step_ms=stats.median_step_ms, median_batch=stats.median_batch, rounds=stats.rounds,
             drafted=stats.drafted, examined=stats.examined, accepted=stats.accepted,
             accepted_by_position=[stats.accepted_by_position[i] for i in range(positions)],
+            not_finite=stats.not_finite, draft_not_finite=engine.proposers.draft_not_finite,
+            undelivered=stats.undelivered,
             prompt_tokens=stats.prompt_tokens, generated_tokens=stats.generated_tokens,
             finished_by_reason=dict(stats.finished_by_reason), log_offered=log_stats.offered,
             log_written=log_stats.written, log_dropped=log_stats.dropped, log_connected=log_stats.connected,

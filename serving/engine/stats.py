@@ -27,6 +27,8 @@ class EngineStats:
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.finished_by_reason: Counter[str] = Counter()
+        self.not_finite = 0  # requests ended because the target's logits were NaN or infinite
+        self.undelivered = 0  # requests ended because their API process took no more messages
         self.num_swaps = 0
         self.swaps: list[SwapReceipt] = []  # the last hundred
         self._recent_s: deque[float] = deque(maxlen=_RECENT)
@@ -53,7 +55,7 @@ class EngineStats:
         self.accepted += num_accepted
         self.accepted_by_position.update(range(num_accepted))
 
-    def finished(self, request: Sequence, delivered_tokens: int) -> None:
+    def finished(self, request: Sequence) -> None:
         """Count the end of a request."""
         self.prompt_tokens += request.prompt_tokens
         self.finished_by_reason[request.finish_reason or "error"] += 1

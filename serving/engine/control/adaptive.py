@@ -108,7 +108,7 @@ class AdaptiveController:
         """Learn from a step: acceptance, cost, and what speculation brought."""
         gained = 0
         for item in report.rounds:
-            gained += item.num_accepted + 1
+            gained += item.num_kept
             kind = self._kinds.get(item.request.request_id)
             if item.num_drafted and kind is not None and item.proposer == kind[2]:
                 self.beliefs.observe(item.request.request_id, kind, item.num_drafted, item.num_accepted)
@@ -207,7 +207,7 @@ class AdaptiveController:
         for request, offer, choice in zip(requests, offers, choices, strict=True):
             if choice.gamma and choice.proposer is not None:
                 total += choice.gamma
-                self._kinds[request.request_id] = kind_of(request, choice.proposer, offer[choice.proposer], shape)
+                self._kinds[request.request_id] = kind_of(request, choice.proposer, offer[choice.proposer])
         self.gamma_mean += max(_GAMMA_RATE, 1 / self.steps) * (total / len(requests) - self.gamma_mean)
 
     def _explained(self) -> dict[str, object]:

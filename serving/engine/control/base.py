@@ -35,12 +35,13 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class RoundReport:
-    """What became of one request's round."""
+    """What became of one request's round; `num_kept` tokens were added, fewer than accepted + 1 where it ended."""
 
     request: Sequence
     proposer: str | None
     num_drafted: int
     num_accepted: int
+    num_kept: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Controller(Protocol):
         """Learn from a step."""
 
     def forget(self, request: Sequence) -> None:
-        """Drop what is kept about a request that ended."""
+        """Drop what is kept about a request that ended; its last round was observed before."""
 
     def explain(self) -> dict[str, object]:
         """Return, in plain values, what is known and why the last choice was made."""

@@ -29,6 +29,7 @@ _FAR = 1_000_000  # rows no step reaches: the last slope goes on up to there
 _SMALL = (1, 2, 3, 4, 6, 8)
 _TURNS = 3  # of a size, for which there must be time
 _AGREEMENT = 1.3
+_BEATEN = 0.85
 
 
 class Curve(msgspec.Struct, frozen=True):
@@ -172,8 +173,23 @@ def fingerprint_of(facts: dict[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load_or_measure(folder: Path, fingerprint: str, measure: Callable[[], CostTable]) -> CostTable:
-    """Return the table kept under `folder`, or measure it and keep it.
+def beaten(curve: Curve, measure: Measure, sizes: tuple[int, ...] = (1, 8), turns: int = 3) -> bool:
+    """Whether forwards are clearly faster now than the curve says: then it was measured on a busy machine.
+
+    Slower forwards prove nothing, as noise only ever adds.
+    """
+    measure(1, 0)
+    return any(
+        min(measure(rows, 0) for _ in range(turns)) < _BEATEN * curve.at(rows)
+        for rows in sizes
+        if rows <= curve.rows[-1]
+    )
+
+
+def load_or_measure(
+    folder: Path, fingerprint: str, measure: Callable[[], CostTable], outdated: Callable[[CostTable], bool]
+) -> CostTable:
+    """Return the table kept under `folder` unless it is outdated, or measure it and keep it.
 
     A file that cannot be read or says nonsense is measured again, and a folder that cannot be written
     costs only the next start its seconds: neither may keep the engine from serving.
@@ -181,9 +197,12 @@ def load_or_measure(folder: Path, fingerprint: str, measure: Callable[[], CostTa
     path = folder / f"{fingerprint[:32]}.json"
     try:
         table = msgspec.json.decode(path.read_bytes(), type=CostTable)
-        if table.fingerprint == fingerprint and table.format == FORMAT:
+        if table.fingerprint != fingerprint or table.format != FORMAT:
+            log.warning("cost_table_of_another_pair", path=str(path), action="measured again")
+        elif outdated(table):
+            log.info("cost_table_outdated", path=str(path), reason="forwards are faster now", action="measured again")
+        else:
             return table
-        log.warning("cost_table_of_another_pair", path=str(path), action="measured again")
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors

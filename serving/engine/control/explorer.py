@@ -1,8 +1,8 @@
 """Keep beliefs alive: now and then one request drafts although it does not pay, on a budget of time.
 
 What is believed to be bad is never tried, and so would be believed for ever.  A share of all time is
-put aside; a probe starts when it is affordable and its cost is taken off, so the share holds whatever
-a probe costs.  Probes that change nothing become rarer.  Used by `adaptive`.
+put aside; a probe starts when its rounds are affordable and its whole cost is taken off, so the share
+holds in the long run whatever a probe costs.  Probes that change nothing become rarer.  Used by `adaptive`.
 """
 
 from __future__ import annotations
@@ -76,9 +76,12 @@ class Explorer:
             return None
         drawn = self._rng.sample(candidates, min(_DRAWN, len(candidates)))
         request, proposer, once_s, round_s = min(drawn, key=lambda item: item[2] + BURST_ROUNDS * item[3])
-        cost_s = once_s + BURST_ROUNDS * round_s
-        self._cap_s = 2 * cost_s
-        if cost_s > self._budget_s:
+        rounds_s = BURST_ROUNDS * round_s
+        cost_s = once_s + rounds_s
+        # What must be read first may be paid off later: it can grow faster than the budget does.
+        needed_s = rounds_s + min(once_s, rounds_s)
+        self._cap_s = 2 * needed_s
+        if needed_s > self._budget_s:
             return None
         self._budget_s -= cost_s
         self.spent_s += cost_s

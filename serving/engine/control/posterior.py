@@ -15,11 +15,10 @@ from itertools import accumulate
 import numpy as np
 
 from serving.engine.control.cost_table import Floats
-from serving.engine.control.priors import HERITAGE, Positions, Prior
+from serving.engine.control.priors import FADING, HERITAGE, Positions, Prior
 
 _KINDS = 256  # kinds remembered; the one unused longest goes first
 _STRETCH = 48.0  # examined tokens after which a running request says how it did
-_FADING = 0.94
 _HIGHEST = 0.985
 _BUCKETS = (0, 2, 4, 8, 16)
 
@@ -150,8 +149,8 @@ class Beliefs:
             prior.fade()
         for records in self._records.values():
             for record in records.values():
-                record.examined *= _FADING
-                record.accepted *= _FADING
+                record.examined *= FADING
+                record.accepted *= FADING
         self.renew()
 
     def _stretch_ends(self, kind: Kind, record: _Record) -> None:

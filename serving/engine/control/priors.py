@@ -19,7 +19,8 @@ _SPREAD_FORGETTING = 0.98  # a request, or a stretch of one
 _OPTIMISM = 0.7  # standard deviations a kind is believed to be better than it was seen to be
 _STRENGTH = (4.0, 200.0)  # examined tokens a kind's mean is worth for one of its requests
 _START_STRENGTH = 10.0
-_FADING, _FADED_TOKENS = 0.94, 12.0
+FADING = 0.94  # of what is not observed any more, each time
+_FADED_TOKENS = 12.0
 _POSITION_WEIGHT = 40.0  # examined tokens before a position may differ from the others
 _POSITION_LIMITS = (0.6, 1.4)
 _POSITION_EVERY = 32  # rounds
@@ -59,8 +60,8 @@ class Prior:
     @property
     def hope(self) -> float:
         """The mean and a little more while little was seen: what is switched off too early stays unknown."""
-        mean = self.mean
-        return min(1.0, mean + _OPTIMISM * math.sqrt(mean * (1 - mean) / (self.examined + 1)))
+        likely = (self.accepted + 0.5) / (self.examined + 1)  # never 0 or 1, where nothing would be uncertain
+        return min(1.0, self.mean + _OPTIMISM * math.sqrt(likely * (1 - likely) / (self.examined + 1)))
 
     def tokens_seen(self, accepted: float, examined: float) -> None:
         """Learn from one round; where the last few dozen tokens disagree, only they count from now on."""
@@ -106,8 +107,8 @@ class Prior:
     def fade(self) -> None:
         """Trust what is not observed any more a little less."""
         if self.examined > _FADED_TOKENS:
-            self.examined *= _FADING
-            self.accepted *= _FADING
+            self.examined *= FADING
+            self.accepted *= FADING
 
     def heir(self) -> Prior:
         """Return what a new kind that resembles this one starts from."""

@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from adapter.contracts import Sampling
 from adapter.pairs import Pair
 from adapter.settings import Settings
 from kernels.sampling import draw, shape_logits
-from serving.engine.control.cost_table import CostTable, Measure, fingerprint_of, load_or_measure, measure_curve
+from serving.engine.control.cost_table import CostTable, Measure, beaten, fingerprint_of, load_or_measure, measure_curve
 from serving.engine.parameters import row_params
 from serving.engine.runner import ModelRunner, Work
 
@@ -37,14 +38,14 @@ def cost_table(
     """Return the costs of this pair on this machine, measured now or kept from an earlier start."""
     fingerprint = fingerprint_of({"machine": machine_facts(), **_pair_facts(settings, pair, draft)})
 
+    spread = settings.engine.max_batch
+    verify = timer(target, _ROUND, spread, clock)
+
     def measure() -> CostTable:
         begin = clock()
-        most = settings.engine.max_batch * (settings.engine.gamma_max + 1)
+        most = spread * (settings.engine.gamma_max + 1)
         context = min(_LONG_CONTEXT, settings.engine.max_model_len // 2)
-        spread = settings.engine.max_batch
-        curve, settled = measure_curve(
-            timer(target, _ROUND, spread, clock), most, budget_s=_BUDGET_S["target"], long_context=context
-        )
+        curve, settled = measure_curve(verify, most, budget_s=_BUDGET_S["target"], long_context=context)
         drafting, read_s = None, 0.0
         if draft is not None:
             run = timer(draft, 1, spread, clock)
@@ -57,7 +58,12 @@ def cost_table(
         sample_s = max(0.0, min(drawn(_DRAWN, 0) for _ in range(3)) - curve.at(_DRAWN)) / _DRAWN
         return CostTable(fingerprint, curve, drafting, read_s, sample_s, clock() - begin, settled)
 
-    return load_or_measure(settings.cache_dir / "costs", fingerprint, measure)
+    def outdated(table: CostTable) -> bool:
+        return beaten(table.target, verify) or (
+            draft is not None and table.draft is not None and beaten(table.draft, timer(draft, 1, spread, clock))
+        )
+
+    return load_or_measure(settings.cache_dir / "costs", fingerprint, measure, outdated)
 
 
 def timer(
@@ -104,7 +110,8 @@ def _pair_facts(settings: Settings, pair: Pair, draft: ModelRunner | None) -> di
         "target": pair.target_fingerprint, "base": pair.base_fingerprint if draft else None, "dtype": pair.dtype,
         "draft_dtype": str(draft.pool.dtype) if draft else None, "draft_vocab_size": engine.draft_vocab_size,
         "max_batch": engine.max_batch, "gamma_max": engine.gamma_max, "block_tokens": engine.block_tokens,
-        "max_model_len": engine.max_model_len,
+        "max_model_len": engine.max_model_len, "lean": engine.lean, "pack": engine.pack,
+        "draft_int8": engine.draft_int8, "draftsmith": metadata.version("draftsmith"),
     }  # fmt: skip
 
 

@@ -35,14 +35,14 @@ class StepView:
             if request.gamma is not None:
                 gamma, name = choices[i].gamma, choices[i].proposer
                 if gamma and name is not None:
-                    mean = beliefs.mean(request.request_id, kind_of(request, name, offer[name], shape))
+                    mean = beliefs.mean(request.request_id, kind_of(request, name, offer[name]))
                     own_gain += sum(beliefs.front(mean, name, gamma))
                     if name == DRAFT:
                         own_rows[:gamma] += 1
                         own_backlog += offer[name].backlog_tokens
                 continue
             for name, item in offer.items():
-                mean = beliefs.mean(request.request_id, kind_of(request, name, item, shape))
+                mean = beliefs.mean(request.request_id, kind_of(request, name, item))
                 if name == DRAFT:
                     limits[i], means[i], backlog[i] = min(item.num_tokens, width), mean, item.backlog_tokens
                 else:
@@ -74,7 +74,7 @@ class StepView:
             if request.gamma is None and not choices[i].gamma:
                 for name, item in offer.items():
                     drafts = name == DRAFT
-                    mean = self._beliefs.mean(request.request_id, kind_of(request, name, item, self._shape))
+                    mean = self._beliefs.mean(request.request_id, kind_of(request, name, item))
                     whole_s = one_s + row_s if drafts else 2 * row_s
                     round_s = max(_LEAST_PRICE * whole_s, whole_s - mean * token_s)
                     found.append((request.request_id, name, self._once_s[i] if drafts else 0.0, round_s))
@@ -110,7 +110,6 @@ def own_choice(request: Sequence, offers: dict[str, Offer]) -> Choice:
     return Choice(name, min(gamma, offers[name].num_tokens))
 
 
-def kind_of(request: Sequence, proposer: str, offer: Offer, shape: StepShape) -> Kind:
+def kind_of(request: Sequence, proposer: str, offer: Offer) -> Kind:
     """Return the kind of request this is to this proposer; only the draft model has versions."""
-    version = (shape.version if request.version is None else request.version) if proposer == DRAFT else 0
-    return (request.segment, version, proposer, match_bucket(offer.match_tokens))
+    return (request.segment, offer.version, proposer, match_bucket(offer.match_tokens))

@@ -38,12 +38,14 @@ class Offer:
     """What a proposer could do for one request in this round.
 
     `backlog_tokens` is what it must read first; `match_tokens` is how much of the text before the
-    proposal it found elsewhere, 0 for proposers that do not match.
+    proposal it found elsewhere, 0 for proposers that do not match; `version` is the draft version
+    that would draft, 0 for proposers that are not versioned.
     """
 
     num_tokens: int
     backlog_tokens: int = 0
     match_tokens: int = 0
+    version: int = 0
 
 
 class Proposer(Protocol):

@@ -42,6 +42,11 @@ class Proposers:
         vocabulary = self.draft.vocabulary if self.draft else None
         return {} if vocabulary is None else vocabulary.counters()
 
+    @property
+    def draft_not_finite(self) -> int:
+        """How many of the draft model's forwards gave logits that are no numbers."""
+        return self.draft.num_not_finite if self.draft else 0
+
     def follow(self) -> None:
         """Let the draft take what was prepared for it.  Called between two rounds."""
         if self.draft is not None:

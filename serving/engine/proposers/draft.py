@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import structlog
 import torch
 
 from adapter.contracts import FLOOR_VERSION
@@ -17,14 +18,18 @@ from serving.engine.proposers.base import Offer, Proposal
 from serving.engine.runner import ModelRunner, Work
 from serving.engine.sequence import Sequence
 
+log = structlog.get_logger(__name__)
+
+_STEADY = 2  # tokens a request lacks after a round it drafted in, at most; reading them is no catching up
+
 
 class DraftProposer:
     """Propose with a draft model on its own KV pool.
 
     Args:
         keep_laws: keep the law each token was drawn from; the maximal coupling needs it.
-        catch_up_tokens: most tokens of one request the draft reads in a round before it drafts; a longer
-            backlog takes several rounds, which run without speculation.
+        catch_up_tokens: most tokens of backlogs, over all requests, that are read in a round; the request that
+            came first is read first, and rounds of those that are not read to their end run without speculation.
         vocab: width of the target's logits; models of one tokenizer may pad theirs differently.
         resident: finds the model of a draft version a request is pinned to; None when it is gone.
         vocabulary: which tokens are scored; None scores all for good.
@@ -53,38 +58,40 @@ class DraftProposer:
         self.vocabulary = vocabulary
         self._keep_laws = keep_laws
         self._purpose = Purpose.DRAFT if keep_laws else Purpose.SAMPLE
-        self._poisoned = False
+        self.num_not_finite = 0  # forwards that gave logits which are no numbers
+        self._broken_versions: set[int] = set()
+        self._poisoned: set[int] = set()  # blocks they may have left such numbers in
 
     def use(self, model: Any, version: int) -> None:
         """Draft with another model from now on; running requests keep their cache."""
-        if self._poisoned:  # a masked NaN is still a NaN: left there it would spoil every later draft
-            self.runner.pool.scrub()
-            self._poisoned = False
         self.runner.use(model)
         self.version = version
 
     def follow(self) -> None:
-        """Take the vocabulary that is ready, if any.  Called between two rounds."""
+        """Clean up after a broken draft, and take the vocabulary that is ready.  Called between two rounds."""
+        if self._poisoned:  # a masked NaN is still a NaN: left there it would spoil every later draft
+            self.runner.pool.scrub(sorted(self._poisoned))
+            self._poisoned.clear()
         if self.vocabulary is not None and self.vocabulary.poll() is not None:
             self.runner.head = self.vocabulary.head
 
     def offer(self, request: Sequence, limit: int) -> Offer:
         """Offer what fits into the positions the draft knows; beyond them the request decodes plainly."""
         room = self._positions - len(request.tokens)
-        return Offer(max(0, min(limit, room)), backlog_tokens=len(request.tokens) - request.num_draft_kv)
+        backlog = len(request.tokens) - request.num_draft_kv
+        return Offer(max(0, min(limit, room)), backlog_tokens=backlog, version=self.version_of(request))
 
     @torch.inference_mode()
     def propose(self, requests: list[Sequence], gammas: list[int]) -> list[Proposal]:
         """Draft gammas[i] tokens for requests[i]; 0 costs nothing and leaves the draft's cache behind."""
         self.forwards = []
         proposals = [Proposal() for _ in requests]
-        groups: dict[int, list[int]] = {}
-        for i, gamma in enumerate(gammas):
-            if gamma > 0:
-                groups.setdefault(self.version_of(requests[i]), []).append(i)
-        for version, members in groups.items():
-            model = self.runner.model if version == self.version else self._resident(version)
-            self._draft(model, version, members, requests, gammas, proposals)
+        groups: dict[int, tuple[Any, dict[int, int]]] = {}
+        for i, num_read in self._reads(requests, gammas).items():
+            version, model = self._drafter(requests[i])
+            groups.setdefault(version, (model, {}))[1][i] = num_read
+        for version, (model, reads) in groups.items():
+            self._draft(model, version, reads, requests, gammas, proposals)
         return proposals
 
     def committed(
@@ -105,32 +112,58 @@ class DraftProposer:
 
     def version_of(self, request: Sequence) -> int:
         """Return the version that would draft for a request now."""
+        return self._drafter(request)[0]
+
+    def _drafter(self, request: Sequence) -> tuple[int, Any]:
+        """Return the version that drafts for a request now, and its model: what it is pinned to while that is here."""
         pinned = request.version
-        return self.version if pinned is None or self._resident(pinned) is None else pinned
+        model = None if pinned is None or pinned == self.version else self._resident(pinned)
+        return (self.version, self.runner.model) if pinned is None or model is None else (pinned, model)
+
+    def _reads(self, requests: list[Sequence], gammas: list[int]) -> dict[int, int]:
+        """Say how many missing tokens each request that is to draft reads now; who comes too late reads none."""
+        left, reads = self._catch_up_tokens, {}
+        for i in sorted((i for i, gamma in enumerate(gammas) if gamma > 0), key=lambda i: requests[i].arrived_s):
+            missing = len(requests[i].tokens) - requests[i].num_draft_kv
+            reads[i] = missing if missing <= _STEADY else min(missing, left)
+            left -= reads[i] if missing > _STEADY else 0
+        return {i: reads[i] for i in sorted(reads) if reads[i]}
 
     def _draft(
-        self, model: Any, version: int, active: list[int], requests: list[Sequence], gammas: list[int],
+        self, model: Any, version: int, reads: dict[int, int], requests: list[Sequence], gammas: list[int],
         proposals: list[Proposal],
     ) -> None:  # fmt: skip
-        """Draft for the requests `active` points at, all with one model."""
-        behind = [i for i in active if len(requests[i].tokens) - requests[i].num_draft_kv > self._catch_up_tokens]
-        active = [i for i in active if i not in behind]
-        work = [self._catch_up(requests[i]) for i in active] + [self._catch_up(requests[i]) for i in behind]
-        if behind and not active:
-            self._forward(work, model)
+        """Read reads[i] missing tokens of requests[i], and draft for those that then lack none, all with one model."""
+        work = {i: self._catch_up(requests[i], num_read) for i, num_read in reads.items()}
+        active = [i for i in reads if requests[i].num_draft_kv == len(requests[i].tokens)]
+        behind = [i for i in reads if i not in active]
+        logits = self._forward([work[i] for i in active + behind], model)
+        self._check(torch.logsumexp(logits[len(active) :], dim=-1), [requests[i] for i in behind], version)
+        logits = logits[: len(active)]
         while active:
-            logits = self._forward(work, model)
             done = self._draw(logits, requests, proposals, active, version)
             active = [i for i in active if i not in done and len(proposals[i].tokens) < gammas[i]]
-            work = [
-                Work(
-                    requests[i].block_table,
-                    len(requests[i].tokens) + len(proposals[i].tokens) - 1,
-                    proposals[i].tokens[-1:],
-                    1,
-                )
-                for i in active
-            ]
+            if active:
+                logits = self._forward([self._next(requests[i], proposals[i]) for i in active], model)
+
+    @staticmethod
+    def _next(request: Sequence, proposal: Proposal) -> Work:
+        start = len(request.tokens) + len(proposal.tokens) - 1
+        return Work(request.block_table, start, proposal.tokens[-1:], 1)
+
+    def _check(self, totals: torch.Tensor, requests: list[Sequence], version: int) -> None:
+        """Note whose rows are no numbers; what they wrote is cleaned up before the next round.
+
+        Shapes: totals [requests], the logsumexp of their logits.
+        """
+        broken = [item for item, total in zip(requests, totals.tolist(), strict=True) if not math.isfinite(total)]
+        if not broken:
+            return
+        self._poisoned.update(block for item in broken for block in item.block_table)
+        self.num_not_finite += 1
+        if version not in self._broken_versions:
+            self._broken_versions.add(version)
+            log.error("draft_not_finite", version=version, requests=len(broken))
 
     def _forward(self, work: list[Work], model: Any) -> torch.Tensor:
         self.forwards.append(sum(len(item.token_ids) for item in work))
@@ -141,14 +174,15 @@ class DraftProposer:
         wide = logits[:, : self._vocab]
         return torch.nn.functional.pad(wide, (0, self._vocab - wide.shape[1]), value=-torch.inf)
 
-    def _catch_up(self, request: Sequence) -> Work:
+    def _catch_up(self, request: Sequence, num_read: int) -> Work:
+        """Read missing tokens; the logits of the last one start the draft, or say at least that all is well."""
         start = request.num_draft_kv
-        missing = request.tokens[start : start + self._catch_up_tokens]
+        missing = request.tokens[start : start + num_read]
         known = self.runner.model.config.vocab_size
         if known < self._vocab:  # an id the draft has no row for: it may read anything there, but must not fail
             missing = [min(token, known - 1) for token in missing]
         request.num_draft_kv = start + len(missing)
-        return Work(request.block_table, start, missing, int(request.num_draft_kv == len(request.tokens)))
+        return Work(request.block_table, start, missing, 1)
 
     def _draw(
         self, logits: torch.Tensor, requests: list[Sequence], proposals: list[Proposal], active: list[int],
@@ -169,7 +203,9 @@ class DraftProposer:
         params = row_params([requests[i].sampling for i in active], positions)
         scaled = shape_logits(self._constrained(logits, requests, proposals, active), params)
         columns = draw(scaled, params, self._purpose, None if head is None else head.columns)
-        logprobs = logits.gather(1, columns[:, None]).squeeze(1) - torch.logsumexp(logits, dim=-1)
+        totals = torch.logsumexp(logits, dim=-1)
+        self._check(totals, [requests[i] for i in active], version)
+        logprobs = logits.gather(1, columns[:, None]).squeeze(1) - totals
         void = [constrained and item == -math.inf for item in scaled.gather(1, columns[:, None]).squeeze(1).tolist()]
         if head is not None:
             columns = head.token_ids[columns]
@@ -177,7 +213,6 @@ class DraftProposer:
         for row, (i, token, logprob) in enumerate(zip(active, columns.tolist(), logprobs.tolist(), strict=True)):
             if void[row]:
                 continue
-            self._poisoned = self._poisoned or not math.isfinite(logprob)
             proposals[i].tokens.append(token)
             proposals[i].logprobs.append(logprob)
             proposals[i].proposer, proposals[i].version = self.name, version
