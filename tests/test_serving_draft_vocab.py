@@ -214,11 +214,12 @@ def test_only_scored_tokens_are_proposed(vocabulary, ids):
     items = mixed(ids)
     for item in items:
         item.block_table = list(range(1 + 10 * int(item.request_id), 11 + 10 * int(item.request_id)))
+    budget, proposer._catch_up_tokens = proposer._catch_up_tokens, sum(len(item.tokens) for item in items)
     proposer._keep_laws = True
     try:
         proposals = proposer.propose(items, [4] * len(items))
     finally:
-        proposer._keep_laws = False
+        proposer._keep_laws, proposer._catch_up_tokens = False, budget
     outside = torch.ones(vocabulary.width, dtype=torch.bool)
     outside[kept] = False
     for item, proposal in zip(items, proposals, strict=True):

@@ -108,7 +108,8 @@ class EngineServer:
             if isinstance(message, ipc.Submit):
                 self._queue(peer, message)
             elif isinstance(message, ipc.End):
-                self._arrived.pop(message.request_id, None)
+                if self._arrived.pop(message.request_id, None) is not None:
+                    self.engine.stats.never_admitted(message.reason)
                 self._owners.pop(message.request_id, None)
                 ended = self.engine.end(message.request_id, message.reason, message.delivered_tokens)
                 if ended is not None:  # whoever found a stop string still wants to know what the answer cost

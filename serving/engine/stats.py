@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter, deque
 
+from adapter.contracts import FinishReason
 from adapter.hotswap import SwapReceipt
 from serving.engine.proposers.base import Proposal
 from serving.engine.sequence import Sequence
@@ -59,6 +60,10 @@ class EngineStats:
         """Count the end of a request."""
         self.prompt_tokens += request.prompt_tokens
         self.finished_by_reason[request.finish_reason or "error"] += 1
+
+    def never_admitted(self, reason: FinishReason) -> None:
+        """Count a request that left before the engine had looked at it."""
+        self.finished_by_reason[reason] += 1
 
     def swapped(self, receipt: SwapReceipt) -> None:
         """Remember a swap."""
