@@ -1,8 +1,9 @@
 """Predict what a step costs: the measured table, corrected by what steps really cost.
 
 Corrections are slow and clipped, one factor for the target and one for the draft, so that a pause of
-the machine moves no decision and a wrong table is forgotten within a hundred steps.  What belongs to
-neither model is an overhead a step.  Knows nothing about acceptance.  Used by `adaptive`.
+the machine moves no decision and a wrong table is forgotten within a hundred steps; the target's curve
+learns its shape besides.  What belongs to neither model is an overhead a step.  Knows nothing about
+acceptance.  Used by `adaptive`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.engine.control.base import StepReport, StepShape
-from serving.engine.control.cost_table import CostTable, Curve, Floats
+from serving.engine.control.cost_table import CostTable, Floats
+from serving.engine.control.learned_curve import LearnedCurve
 
 _RATE = 0.02  # about fifty steps
 _CLIP = 0.5  # the most, in log, that one step can disagree
 _LIMIT = math.log(4.0)
 _LEAST_PART = 0.05  # of a step that drawing must take, before the step says anything about it
-_DENSE = 2048
 ALARM = 0.25  # a correction beyond this, in log, deserves a look: the machine is not what it was
+
+
+def clipped_log(ratio: float) -> float:
+    """Return how wrong a prediction was, in log, as far as one step may say."""
+    return min(_CLIP, max(-_CLIP, math.log(ratio))) if ratio > 0 else 0.0
 
 
 class Correction:
@@ -43,35 +49,9 @@ class Correction:
         if predicted_s <= 0 or seen_s <= 0 or weight <= 0:
             return
         self.num_seen += 1
-        wrong = math.log(seen_s / predicted_s)
         rate = max(_RATE, 1 / (self.num_seen + 1)) * weight
-        moved = self.log_factor + rate * min(_CLIP, max(-_CLIP, wrong))
+        moved = self.log_factor + rate * clipped_log(seen_s / predicted_s)
         self.log_factor = min(_LIMIT, max(-_LIMIT, moved))
-
-
-class _Dense:
-    """A curve at every whole number of rows, so that pricing a step is looking up, not interpolating."""
-
-    def __init__(self, curve: Curve) -> None:
-        self.array: Floats = np.interp(np.arange(_DENSE), *curve.knots)
-        self._list = [float(item) for item in self.array]
-        self._slope = self._list[-1] - self._list[-2]
-        self.context_s = curve.context_s
-
-    def at(self, rows: int) -> float:
-        """Seconds for so many rows."""
-        return self._list[rows] if rows < _DENSE else self._list[-1] + self._slope * (rows - _DENSE + 1)
-
-    def span(self, first: int, count: int) -> Floats:
-        """Seconds for `count` numbers of rows from `first` on."""
-        if first + count <= _DENSE:
-            return self.array[first : first + count]
-        return self.array[-1] + self._slope * (np.arange(first, first + count) - _DENSE + 1.0)
-
-    def pick(self, rows: NDArray[np.int64]) -> Floats:
-        """Seconds for every number of rows given; those beyond reach count as the largest."""
-        picked: Floats = self.array[np.minimum(rows, _DENSE - 1)]
-        return picked
 
 
 class CostModel:
@@ -86,8 +66,8 @@ class CostModel:
         self.propose_s = 0.0  # proposing without a draft forward: looking for matches, choosing
         self._overheads_seen = 0
         self._proposals_seen = 0
-        self._target = _Dense(table.target)
-        self._draft = _Dense(table.draft) if table.draft else None
+        self._target = LearnedCurve(table.target)
+        self._draft = LearnedCurve(table.draft) if table.draft else None
 
     @property
     def sample_s(self) -> float:
@@ -151,6 +131,7 @@ class CostModel:
             sampled = sum(item.num_drafted + 1 for item in report.rounds if item.request.sampling.temperature > 0)
             predicted = self.target_s(report.rows, shape.context_tokens, sampled)
             drawing = sampled * self.sample_s / predicted
+            self._target.observe(report.rows, (1 - drawing) ** 2 * clipped_log(report.target_s / predicted))
             self.target_correction.observe(predicted, report.target_s, (1 - drawing) ** 2)
             if drawing > _LEAST_PART:  # greedy steps hold the target's factor; what is left is the drawing's
                 self.sample_correction.observe(predicted, report.target_s, min(1 / drawing, 1 / (4 * _LEAST_PART)))
@@ -187,6 +168,7 @@ class CostModel:
                 name: {"factor": round(item.factor, 4), "steps": item.num_seen, "alarm": abs(item.log_factor) > ALARM}
                 for name, item in corrections.items()
             },
+            "target_sizes": self._target.corrections(),
             "sample_ms": round(1e3 * self.sample_s, 4),
             "draft_reads_1000_tokens_ms": round(1e6 * self.table.read_s, 3),
             "overhead_ms": round(1e3 * self.overhead_s, 4),
