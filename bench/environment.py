@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+_WAITING = "OMP_WAIT_POLICY"
+
 
 def environment() -> dict[str, Any]:
     """Return machine, library versions and commit."""
@@ -26,8 +28,12 @@ def environment() -> dict[str, Any]:
 
 
 def command(module: str, arguments: list[str]) -> str:
-    """Return the command line of a run without the places of one machine."""
-    shown = ["python", "-m", module]
+    """Return the command line of a run without the places of one machine.
+
+    How threads wait is part of it: `draftsmith up` lets them sleep, as nothing else runs well beside threads that spin.
+    """
+    shown = [f"{_WAITING}={os.environ[_WAITING]}"] if _WAITING in os.environ else []
+    shown += ["python", "-m", module]
     for before, word in zip(["", *arguments], arguments, strict=False):
         shown.append({"--data": "FOLDER", "--vllm-python": "PYTHON"}.get(before, word))
     return shlex.join(shown)

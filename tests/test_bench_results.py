@@ -116,11 +116,14 @@ def test_the_page_says_how_to_make_what_is_missing() -> None:
     assert not re.search(r"\d\.\d", text)
 
 
-def test_the_command_names_no_place_of_one_machine() -> None:
+def test_the_command_names_no_place_of_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders given for data and interpreters are left out of what is kept."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     said = command("bench.engine", ["--json", "out.json", "--data", "/home/me/x", "--vllm-python", "/opt/v/bin/python"])
 
     assert "python -m bench.engine --json out.json --data FOLDER --vllm-python PYTHON" == said
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert "OMP_WAIT_POLICY=PASSIVE python -m bench.engine" == command("bench.engine", [])
 
 
 def test_make_runs_what_the_page_names() -> None:
@@ -128,4 +131,4 @@ def test_make_runs_what_the_page_names() -> None:
     makefile = (ROOT / "Makefile").read_text()
 
     for line in (page.ENGINE_COMMAND, page.RECORD_COMMAND, page.PLOT_COMMAND):
-        assert f"\t$(BIN)/{line}\n" in makefile
+        assert re.search(rf"^\t(OMP_WAIT_POLICY=PASSIVE )?\$\(BIN\)/{re.escape(line)}$", makefile, re.MULTILINE)
