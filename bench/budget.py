@@ -1,8 +1,8 @@
 """Run groups of measurements in turn, over and over, within a time that was given.
 
 Cells of a group follow each other in every repeat, in an order that rotates, so that a slow minute of the
-machine hits all that will be compared and none is always first.  After the first repeats only those go on
-that a promise still depends on: an arm far behind needs no third decimal.  Called by `bench.engine`.
+machine hits all that will be compared and none is always first.  After the first repeat only those go on
+that a promise still depends on: an arm far behind needs no second figure.  Called by `bench.engine`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from bench.driver import Window
 from bench.rows import Key, Row, contenders
 
-_EVERYBODY = 2  # repeats that every cell takes part in
+_EVERYBODY = 1  # repeats that every cell takes part in
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Budget:
     def run(self, phase: str, groups: list[list[Cell]], repeats: int, until_s: float) -> list[Row]:
         """Run the cells `repeats` times, or as often as the time allows, but once at least.
 
-        All of them take part in the first two repeats, and in later ones those that may be a group's best.
+        All of them take part in the first repeat, and in later ones those that may be a group's best.
         """
         rows = {cell.key: Row(cell.key) for group in groups for cell in group}
         done, longest = 0, 0.0

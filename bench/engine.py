@@ -67,11 +67,11 @@ def _weights(options: Options) -> dict[str, float]:
     arms, narrow = len(options.arms), min(options.widen)
     for times in options.widen:
         if main := [name for name in options.workloads if name in WORKLOADS]:
-            weights[f"main-{times}"] = len(main) * len(options.batches) * arms * times**1.6
+            weights[f"main-{times}"] = len(main) * len(options.batches) * arms * times
     if SAMPLED in options.workloads:
-        weights[f"{SAMPLED}-{narrow}"] = 4.0 * arms * narrow**1.6
+        weights[f"{SAMPLED}-{narrow}"] = 4.0 * arms * narrow
     if RAG in options.workloads:
-        weights[f"{RAG}-{narrow}"] = 16.0 * narrow**1.6
+        weights[f"{RAG}-{narrow}"] = 16.0 * narrow
     return weights
 
 

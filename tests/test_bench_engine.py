@@ -248,7 +248,7 @@ def test_repeats_are_reduced_to_the_time_and_it_is_said() -> None:
             nonlocal now
             now += seconds
             order.append((arm, repeat))
-            return Window(tokens=1, seconds=seconds, tpot_s=[], ttft_s=[])
+            return Window(tokens=1, seconds=4.0, tpot_s=[], ttft_s=[])
 
         return Cell(Key(target="t", widen=1, batch=1, workload="low", arm=arm), run)
 
@@ -261,6 +261,26 @@ def test_repeats_are_reduced_to_the_time_and_it_is_said() -> None:
     assert [2] == [len(row.windows) for row in second]  # 82 s are left
     assert budget.phases["a"]["reduced"] == "5 repeats of 9 s each did not fit into the time left; 2 were run"
     assert 2 == budget.phases["b"]["repeats"]
+
+
+def test_arms_far_behind_leave_after_one_repeat() -> None:
+    """What a promise compares goes on: no speculation, the adaptive arm, and fixed lengths that may be best."""
+    speeds = {"none": 10.0, "fixed-1": 9.0, "fixed-3": 5.0, "adaptive": 4.0, "hf_generate": 3.0}
+
+    def cell(arm: str, speed: float, coupling: str) -> Cell:
+        window = Window(tokens=10, seconds=10 / speed, tpot_s=[], ttft_s=[])
+        key = Key(target="t", widen=1, batch=1, workload="mixed", arm=arm, coupling=coupling)
+        return Cell(key, lambda repeat: window)
+
+    group = [cell(arm, speed, "gumbel") for arm, speed in speeds.items()]
+    group += [cell("none", 1.0, "maximal"), cell("fixed-3", 1.2, "maximal")]  # slow, yet the best of its coupling
+    budget = Budget(1e9, {"a": 1.0}, lambda line: None, clock=lambda: 0.0)
+    measured = {(row.key.coupling, row.key.arm): len(row.windows) for row in budget.run("a", [group], 4, 1.0)}
+
+    gumbel = {"none": 4, "fixed-1": 4, "fixed-3": 1, "adaptive": 4, "hf_generate": 1}
+    assert measured == {("gumbel", arm): count for arm, count in gumbel.items()} | {
+        ("maximal", "none"): 4, ("maximal", "fixed-3"): 4,
+    }  # fmt: skip
 
 
 def test_the_first_repeat_is_always_run() -> None:
