@@ -32,7 +32,7 @@ class Tally(msgspec.Struct, kw_only=True):
 
 
 class Window(Tally, frozen=True, kw_only=True):  # type: ignore[misc]  # msgspec can freeze a subclass alone
-    """One window of one segment and version. `version` None is traffic without speculation."""
+    """One window of one segment and version. `version` None is traffic the draft model had no part in."""
 
     at_s: float
     seconds: float

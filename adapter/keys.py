@@ -6,7 +6,7 @@
 | draftsmith:blocks:dead | stream | maxlen 1000 | trainer | a person |
 | draftsmith:outcomes | stream | about `log.stream_max_entries`, or `log.stream_max_bytes` | engine | watcher |
 | draftsmith:hint | pub/sub channel | – | registry writers | engine |
-| draftsmith:celery:* | Celery's own | task arguments are ids | watcher, CLI | worker |
+| draftsmith:celery:* | Celery's own | task arguments are ids | watcher | worker |
 """
 
 from __future__ import annotations

@@ -50,14 +50,16 @@ class EngineSettings(_Section):
         8,
         ge=0,
         le=16,
-        description="the most a round may draft, whether the adaptive controller or a request asks for it",
+        description="the most a round may draft, whether the adaptive controller or a request asks for it; "
+        "at least `gamma`",
     )
     coupling: Literal["gumbel", "maximal"] = Field(
         "gumbel", description="gumbel: same text with and without speculation; maximal: same law only"
     )
     proposers: tuple[Literal["draft", "ngram", "past"], ...] = Field(
         ("draft", "ngram", "past"),
-        description="what may draft: the draft model, matches in a request's own text, matches in past outputs",
+        description="what may draft: draft, the draft model; ngram, matches in a request's own text; past, matches in "
+        "past outputs",
     )
     past_tokens: int = Field(
         200_000, ge=1024, description="past output tokens held for matching, all tenants together; about 150 bytes each"
@@ -66,7 +68,9 @@ class EngineSettings(_Section):
         8192, ge=0, description="tokens the draft scores, chosen from traffic; 0: all the target has"
     )
     controller: Literal["adaptive", "fixed"] = Field(
-        "adaptive", description="adaptive: draft what promises most tokens per second; fixed: always `gamma`"
+        "adaptive",
+        description="adaptive: draft what promises most tokens per second; fixed: always `gamma`, and from the draft "
+        "model alone where there is one",
     )
     hysteresis: float = Field(
         0.03, ge=0, lt=1, description="how much more another draft length must promise to replace the one in force"
@@ -75,7 +79,10 @@ class EngineSettings(_Section):
         0.01, ge=0, le=0.2, description="share of time single requests may draft although it does not pay, to learn"
     )
     switchback_share: float = Field(
-        0.01, ge=0, le=0.2, description="share of steps run without speculation, to measure what it brings"
+        0.01,
+        ge=0,
+        le=0.2,
+        description="share of steps run without speculation, to measure what it brings; about 7 % while it looks bad",
     )
     lean: bool = Field(
         True, description="run Llama-shaped models through the lean forward; false leaves them to transformers"
@@ -100,7 +107,7 @@ class ApiSettings(_Section):
     """The HTTP front: who may ask, for how much, and how it leaves."""
 
     keys: tuple[Annotated[str, Field(min_length=8)], ...] = Field(
-        (), description="keys, any of which opens the API; unset: nobody is asked for one"
+        (), description="keys of 8 characters or more, any of which opens the API; unset: nobody is asked for one"
     )
     served_model_name: str | None = Field(
         None, min_length=1, max_length=256, description="name clients ask for; unset: the target's own"
@@ -141,7 +148,9 @@ class DistillSettings(_Section):
     alpha: float = Field(32.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     epochs: float = Field(6.0, gt=0, description="passes over the fresh training blocks, at the most")
-    max_seconds: float = Field(240.0, gt=0, description="wall time one training may take")
+    max_seconds: float = Field(
+        240.0, gt=0, description="time a training may spend on steps; the whole job may take twice that and two minutes"
+    )
     batch_tokens: int = Field(2048, ge=64, description="tokens of one optimizer step")
     rejected_weight: float = Field(2.0, gt=0, description="weight of rejected positions; others weigh 1")
     gate_min_gain: float = Field(0.0, description="lower bound of the acceptance gain must exceed this")
@@ -181,11 +190,13 @@ class Settings(BaseSettings):
     )
     cache_dir: Path = Field(
         default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "draftsmith",
-        description="converted models; safe to delete",
+        description="converted models, timings and unfinished bootstraps; all can be made again",
     )
     target: str = Field(DEFAULT_TARGET, description="target model: a Hugging Face name, a path, or the default")
     draft: str = Field("auto", description="draft model: a name or path, `auto` for the shipped one, `none`")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights and arithmetic of both models")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="weights and arithmetic of the target; the draft takes what is fastest"
+    )
     host: str = Field("127.0.0.1", description="address the API listens on")
     dashboard_host: str = Field(
         "127.0.0.1", description="address the dashboard listens on, whatever `host` is: it promotes and rolls back "

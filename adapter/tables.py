@@ -92,7 +92,7 @@ windows = Table(
     Column("at_s", Float, nullable=False),  # end of the window
     Column("seconds", Float, nullable=False),
     Column("segment", String(96), nullable=False),
-    Column("version", Integer),  # None: requests served without speculation
+    Column("version", Integer),  # None: requests the draft model had no part in
     Column("requests", Integer, nullable=False),
     Column("rounds", Integer, nullable=False),
     Column("drafted", Integer, nullable=False),

@@ -52,26 +52,31 @@ class Budget:
         All of them take part in the first repeat, and in later ones those that may be a group's best.
         """
         rows = {cell.key: Row(cell.key) for group in groups for cell in group}
-        done, longest = 0, 0.0
+        took_s: dict[Key, float] = {}
+        racing, done, next_s = groups, 0, 0.0
         begin_s = self.clock()
-        while done < repeats and (not done or self.clock() + longest <= until_s):
-            round_s = self.clock()
-            for number, whole in enumerate(groups):
-                group = whole
-                if done >= _EVERYBODY:
-                    going_on = contenders([rows[cell.key] for cell in whole])
-                    group = [cell for cell in whole if cell.key in going_on]
+        while done < repeats and (not done or self.clock() + next_s <= until_s):
+            for number, group in enumerate(racing):
                 turn = (done + number) % len(group)
                 for cell in group[turn:] + group[:turn]:
+                    before_s = self.clock()
                     rows[cell.key].windows.append(cell.run(done))
-                where = f"repeat {done + 1} of {repeats}, group {number + 1} of {len(groups)}"
+                    took_s[cell.key] = self.clock() - before_s
+                where = f"repeat {done + 1} of {repeats}, group {number + 1} of {len(racing)}"
                 self.say(f"{phase}: {where}, {self.clock() - begin_s:.0f} s")
             done += 1
-            longest = self.clock() - round_s
+            if done >= _EVERYBODY:  # whoever is out stays out: repeats are compared by their numbers
+                racing = [_rivals(group, rows) for group in racing]
+            next_s = sum(took_s[cell.key] for group in racing for cell in group)
         self.phases[phase] = {"repeats": done, "seconds": round(self.clock() - begin_s, 1)}
         if done < repeats:
             self.phases[phase]["reduced"] = (
-                f"{repeats} repeats of {longest:.0f} s each did not fit into the time left; {done} were run"
+                f"{repeats} repeats of {next_s:.0f} s each did not fit into the time left; {done} were run"
             )
             self.say(f"{phase}: {self.phases[phase]['reduced']}")
         return list(rows.values())
+
+
+def _rivals(group: list[Cell], rows: dict[Key, Row]) -> list[Cell]:
+    going_on = contenders([rows[cell.key] for cell in group])
+    return [cell for cell in group if cell.key in going_on]

@@ -92,8 +92,9 @@ def _results(run: dict[str, Any]) -> str:
         f"torch {run['versions']['torch']}, "
         f"commit {run['commit'][:7]}; "
         "all figures in [bench/results/demo.json](bench/results/demo.json).\n"
-        "To show learning it drafts two tokens for every request, worth it or not; the server's own controller drafts\n"
-        "where it pays ([docs/benchmarks.md](docs/benchmarks.md))."
+        "To show learning it drafts two tokens for every request, worth it or not; the server's own controller is\n"
+        "meant to draft only where it pays: [docs/benchmarks.md](docs/benchmarks.md) has the measured ratios, worst\n"
+        "row included."
     )
     return "\n".join(rows) + "\n"
 
@@ -149,6 +150,8 @@ def _default(name: str, field: FieldInfo) -> str:
     value = field.default
     if value is None or value == ():
         return "unset"
+    if isinstance(value, tuple):
+        return f"`{json.dumps(value)}`"  # as the environment wants it
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
@@ -198,7 +201,13 @@ def _metric_rows(registry: CollectorRegistry) -> Iterator[str]:
     for family in registry.collect():
         suffix = "_total" if family.type == "counter" else ""
         seen = {name for sample in family.samples for name in sample.labels} - {"le", "quantile"}
-        shown = ", ".join(f"`{name}`" for name in sorted(seen | set(declared.get(family.name, ())))) or "–"
+        shown = (
+            ", ".join(
+                f"`{name}`"
+                for name in sorted(seen | set(declared.get(family.name, getattr(family, "_labelnames", ()))))
+            )
+            or "–"
+        )
         yield f"| `{family.name}{suffix}` | {family.type} | {shown} | {_cell(family.documentation)} |"
 
 

@@ -87,9 +87,9 @@ def advise(traffic: Traffic | None, load: EngineLoad) -> Advice:
 
 def _decide(measured: Signal, rules: tuple[Signal, ...]) -> tuple[Verdict, str]:
     if measured.leaning == "for":
-        return "speculate", f"Speculation pays here: {measured.sentence}"
+        return "speculate", f"Speculation pays here. {measured.sentence}"
     if measured.leaning == "against":
-        return "do not speculate", f"Speculation costs speed here: {measured.sentence}"
+        return "do not speculate", f"Speculation costs speed here. {measured.sentence}"
     against = [rule for rule in rules if rule.leaning == "against"]
     favour = [rule for rule in rules if rule.leaning == "for"]
     why = f"{measured.sentence} By rules of thumb, {len(favour)} of {len(rules)} signs speak for it"
@@ -104,7 +104,7 @@ def _measured(load: EngineLoad) -> Signal:
     if value is None or low is None or high is None:
         return Signal(name="measured speed-up", value=None, leaning="neutral", sentence=_why_unmeasured(load))
     interval = f"[{low:.2f}, {high:.2f}] over {load.speedup_windows} pairs of windows"
-    text = f"measured {value:.2f}x against no speculation {interval}."
+    text = f"Measured {value:.2f}x against no speculation {interval}."
     leaning: Leaning = "for" if low > 1 else "against" if high < 1 else "neutral"
     return Signal(name="measured speed-up", value=value, leaning=leaning, sentence=text)
 

@@ -42,7 +42,7 @@ class Metrics:
         self.drafted = self._counter("acceptance_drafted_tokens", "Tokens drafted", ROLES)
         self.examined = self._counter("acceptance_examined_tokens", "Drafted tokens that verification looked at", ROLES)
         self.accepted = self._counter("acceptance_accepted_tokens", "Drafted tokens that were kept", ROLES)
-        self.plain_requests = self._plain("plain_requests", "Requests without speculation")
+        self.plain_requests = self._plain("plain_requests", "Requests for which the draft model drafted nothing")
         self.delivered = self._plain("delivered_tokens", "Tokens that clients received")
         self.outcomes = self._labelled("outcomes", "Outcome entries read", "result", ("ok", "garbage", "duplicate"))
         self.redis_errors = self._plain("watcher_redis_errors", "Failed Redis calls of the watcher")

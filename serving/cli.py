@@ -27,7 +27,7 @@ app.add_typer(cli_vocab.app, name="vocab", help="List, publish, promote and roll
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Database, artifacts, logs and sockets.")]
 Target = Annotated[str | None, typer.Option("--target", help="Hugging Face name or path of the target model.")]
 Draft = Annotated[str | None, typer.Option("--draft", help="Name or path of the draft; `auto` or `none`.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16, for both models.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16, for the target.")]
 Port = Annotated[int | None, typer.Option("--port", help="Port of the API; 0 takes a free one.")]
 DashboardPort = Annotated[
     int | None, typer.Option("--dashboard-port", help="Port of the dashboard; 0 takes a free one.")

@@ -32,7 +32,11 @@ def show_explanation(settings: Settings, as_json: bool) -> None:
         typer.echo(json.dumps(told, indent=2))
         return
     if told.get("controller") != "adaptive":
-        console.print(f"the draft length is fixed: {told.get('gamma')} tokens a round (engine.controller = fixed)")
+        console.print(
+            f"the draft length is fixed: {told.get('gamma')} tokens a round (engine.controller = fixed)"
+            if told.get("drafts", True)
+            else "nothing is drafted: no proposer is there (engine.proposers) or engine.gamma_max is 0"
+        )
         return
     _print_decision(told["decision"])
     _print_costs(told["costs"])

@@ -116,7 +116,7 @@ def _print_status(status: dict[str, Any]) -> None:
     lines.add_row("live draft", f"version {status['live']}, generation {status['generation']}")
     lines.add_row("previous", "–" if status["previous"] is None else f"version {status['previous']}")
     if acceptance["value"] is None:
-        lines.add_row("acceptance", "no requests in the last five minutes")
+        lines.add_row("acceptance", f"version {status['live']} drafted nothing in the last five minutes")
     else:
         low, high = acceptance["interval"]
         lines.add_row(
@@ -126,7 +126,7 @@ def _print_status(status: dict[str, Any]) -> None:
         )
     job = status["job"]
     if job is not None:
-        lines.add_row("last training", escape(f"{job['state']}: {job['error'] or job['reason']}"))
+        lines.add_row("newest training", escape(f"{job['state']}: {job['error'] or job['reason']}"))
     if status["log"] is not None:
         lines.add_row("log", _log_words(status["log"]))
     lines.add_row("alerts", escape("; ".join(alert["summary"] for alert in status["alerts"])) or "none firing")

@@ -221,7 +221,7 @@ def test_advise_prints_what_the_watcher_wrote_and_says_when_it_is_old(run, data)
     _assert_refused(run("advise", "--data-dir", data), "nobody watched", "draftsmith watch")
     signal = {"name": "answer length", "value": 9.0, "leaning": "against", "sentence": "Half have 9 tokens or fewer."}
     said = {
-        "verdict": "do not speculate", "sentence": "Speculation costs speed here: measured 0.80x.", "requests": 44,
+        "verdict": "do not speculate", "sentence": "Speculation costs speed here. Measured 0.80x.", "requests": 44,
         "signals": [signal], "instead": ["Smaller gamma: token 2 is kept in 3% of rounds."], "at_s": 1000.0,
     }  # fmt: skip
     Facts(open_database(f"sqlite:///{data / 'draftsmith.db'}")).put(ADVICE, said)

@@ -1,7 +1,6 @@
 """Prometheus metrics of serving: vLLM's names for what dashboards already read, ours for the rest.
 
-Counters only; rates are divided where they are shown.  Version labels are live and floor, never
-version numbers.
+Rates are divided where they are shown.  No label holds a version's number.
 """
 
 from __future__ import annotations
@@ -117,9 +116,13 @@ class ServingMetrics:
             family = Histogram(name, text, ["model_name"], registry=registry, buckets=_LATENCY)
             return family.labels(model_name)
 
-        self._first = histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.")
+        self._first = histogram(
+            "vllm:time_to_first_token_seconds", "From submission, when the prompt is tokenized, to the first token."
+        )
         self._between = histogram("vllm:inter_token_latency_seconds", "Between two tokens of one answer.")
-        self._total = histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.")
+        self._total = histogram(
+            "vllm:e2e_request_latency_seconds", "From submission, when the prompt is tokenized, to the last token."
+        )
         self._delivered = Counter(
             "vllm:generation_tokens", "Tokens delivered, as usage counts them.", ["model_name"], registry=registry
         ).labels(model_name)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 
-from serving.api.errors import ApiError, FieldError
+from serving.api.errors import FieldError
 from serving.api.generation import Generator
 from serving.api.routes import check_model, check_tools
 from serving.api.schema import Strict
@@ -88,7 +88,5 @@ def _checked(request: Request, model: str | None) -> Generator:
     """
     if model is not None:
         check_model(request, model)
-    generator = request.app.state.generator
-    if not isinstance(generator, Generator):
-        raise ApiError(503, "the server is starting; try again later")
+    generator: Generator = request.app.state.generator
     return generator

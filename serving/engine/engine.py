@@ -29,7 +29,7 @@ from serving.engine.stats import EngineStats
 
 log = structlog.get_logger(__name__)
 
-Verdict = tuple[int, int]  # how many drafted tokens were accepted, and the target's own next token
+Judged = tuple[int, int]  # how many drafted tokens were accepted, and the target's own next token
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class Engine:
 
     def _judge(
         self, logits: torch.Tensor, ready: list[Sequence], proposals: list[Proposal]
-    ) -> tuple[list[Verdict], list[range]]:
+    ) -> tuple[list[Judged], list[range]]:
         """Return the verdict on each ready request's proposal, and which rows of the logits are its own."""
         samplings: list[Sampling] = []
         positions: list[int] = []
@@ -197,7 +197,7 @@ class Engine:
 
     def _commit(
         self, output: TargetOutput, rows: list[range], ready: list[Sequence], proposals: list[Proposal],
-        verdicts: list[Verdict],
+        verdicts: list[Judged],
     ) -> list[Delivery]:  # fmt: skip
         """Append what was verified, roll both caches back by row, count and record."""
         kept_tokens: list[list[int]] = []
@@ -231,7 +231,7 @@ class Engine:
 
     def _learn(
         self, plans: list[Plan], ready: list[Sequence], proposals: list[Proposal], deliveries: list[Delivery],
-        verdicts: list[Verdict], shape: StepShape, times: tuple[float, float, float, float],
+        verdicts: list[Judged], shape: StepShape, times: tuple[float, float, float, float],
     ) -> None:  # fmt: skip
         """Tell the controller and the counters what the step cost and brought."""
         if not plans:

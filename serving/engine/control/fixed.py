@@ -26,7 +26,7 @@ class FixedGamma:
 
     def explain(self) -> dict[str, object]:
         """Say that the length is fixed."""
-        return {"controller": "fixed", "gamma": self.gamma}
+        return {"controller": "fixed", "gamma": self.gamma, "drafts": bool(self._order)}
 
     def _one(self, request: Sequence, offers: dict[str, Offer]) -> Choice:
         gamma = request.gamma_limit(self.gamma if request.gamma is None else request.gamma)
