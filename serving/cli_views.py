@@ -144,4 +144,6 @@ def _log_words(said: dict[str, Any]) -> str:
     """Say whether blocks and outcomes reach Redis, in words."""
     if said["connected"]:
         return f"{said['written']} entries written, {said['dropped']} dropped"
+    if not said["written"] and not said["dropped"]:
+        return "nothing written yet: the first finished request is the first entry"
     return f"[yellow]nothing is written: Redis is gone or full[/]; {said['dropped']} entries dropped"

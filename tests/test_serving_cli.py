@@ -188,6 +188,8 @@ def test_status_says_whether_the_log_is_written(run, data):
     facts = Facts(open_database(f"sqlite:///{data / 'draftsmith.db'}"))
     facts.put(ENGINE, {"log_connected": True, "log_written": 70, "log_dropped": 3})
     assert "70 entries written, 3 dropped" in run("status", "--data-dir", data)[1]
+    facts.put(ENGINE, {"log_connected": False, "log_written": 0, "log_dropped": 0})  # nobody asked for anything yet
+    assert "nothing written yet" in run("status", "--data-dir", data)[1]
     facts.put(ENGINE, {"log_connected": False, "log_written": 70, "log_dropped": 9})
     assert "Redis is gone or full; 9 entries dropped" in run("status", "--data-dir", data)[1]
 
