@@ -43,7 +43,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_every_row_that_was_asked_for_is_there(result: dict[str, Any]) -> None:
-    """Each width, batch, workload, coupling and arm has one row of as many repeats, with every field."""
+    """Each width, batch, workload, coupling and arm has one row with every field; no speculation has all repeats."""
     found = sorted(
         (row["widen"], row["workload"], row["batch"], row["temperature"], row["coupling"], row["arm"],
          row["prefix_cache"]) for row in result["rows"]
@@ -61,7 +61,8 @@ def test_every_row_that_was_asked_for_is_there(result: dict[str, Any]) -> None:
 
     assert sorted(expected) == found
     assert all(row.keys() >= ROW_FIELDS for row in result["rows"])
-    assert {2} == {row["repeats"] for row in result["rows"]}
+    assert {2} == {row["repeats"] for row in result["rows"] if row["arm"] == "none"}
+    assert {1, 2} >= {row["repeats"] for row in result["rows"]}  # whoever is far behind runs once
     assert {"cpu", "cores", "memory_gib"} <= result["machine"].keys()
     assert {"torch", "transformers", "draftsmith"} <= result["versions"].keys()
 
@@ -72,7 +73,8 @@ def test_arms_deliver_equal_token_counts(result: dict[str, Any]) -> None:
         if row["workload"] == "rag":
             continue
         waves = 2 if row["batch"] == 1 else 1
-        asked, most = 2 * waves * row["batch"] * TOKENS, 2 * waves * row["batch"] * 3
+        requests = row["repeats"] * waves * row["batch"]
+        asked, most = requests * TOKENS, requests * 3
         exact = row["arm"] in ("none", "hf_generate")
         assert asked <= row["tokens"] <= asked + (0 if exact else most), row
 
