@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as EnvironmentUnreadable
 
 from adapter.contracts import SettingsError
 
@@ -278,6 +279,11 @@ def load_settings(**overrides: object) -> Settings:
             for problem in error.errors()
         ]
         raise SettingsError("settings that cannot work:\n  " + "\n  ".join(lines)) from None
+    except EnvironmentUnreadable as error:  # its cause says what is wrong, and never which variable
+        raise SettingsError(
+            f"settings that cannot work:\n  {error}: {error.__cause__}; lists and whole sections are written as JSON, "
+            """like DRAFTSMITH_API__KEYS='["first-key", "second-key"]'"""
+        ) from None
 
 
 def _unknown_names() -> list[str]:

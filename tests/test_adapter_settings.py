@@ -136,3 +136,10 @@ def test_settings_cannot_be_changed_after_the_check() -> None:
     settings: Settings = load_settings()
     with pytest.raises(ValueError, match="frozen"):
         settings.port = 1
+
+
+def test_a_list_that_is_not_json_is_explained(monkeypatch):
+    """The most natural spelling of a key is refused in a sentence that shows the right one."""
+    monkeypatch.setenv("DRAFTSMITH_API__KEYS", "secret123")
+    with pytest.raises(SettingsError, match=r"written as JSON, like DRAFTSMITH_API__KEYS='\["):
+        load_settings()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import sys
 import threading
+from pathlib import Path
+from typing import IO
 
 import structlog
 
 from adapter import keys
-from adapter.contracts import DraftsmithError
+from adapter.contracts import DraftsmithError, SettingsError
 from adapter.database import migrate, open_database
 from adapter.facts import STARTING, Facts
 from adapter.hotswap import HotSwap
@@ -22,12 +25,15 @@ from serving.engine.server import EngineServer
 
 log = structlog.get_logger("serving.engine")
 
+LOCK_FILE = "engine.lock"
+
 
 def main() -> int:
     """Build the engine and serve until a signal; 2 when the settings cannot work."""
     configure_logging()
     try:
         settings = load_settings()
+        lock = _hold(settings.run_dir, settings.data_dir)  # until this process ends, however it ends
         database = open_database(settings.database)
         migrate(database)
         Facts(database).put(STARTING, {})
@@ -36,7 +42,6 @@ def main() -> int:
     except DraftsmithError as error:
         log.error("engine_cannot_start", reason=str(error))
         return 2
-    settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     server = EngineServer(
         built, settings.run_dir, max_waiting=settings.engine.max_waiting,
         max_model_len=settings.engine.max_model_len, facts=Facts(database),
@@ -47,10 +52,27 @@ def main() -> int:
         threading.Thread(target=_listen, args=(settings, built.hotswap), daemon=True).start()
     log.info("engine_ready", target=pair.target_name, draft=pair.draft_kind, dtype=pair.dtype)
     server.run()
+    lock.close()
     built.publisher.close()
     if built.hotswap is not None:
         built.hotswap.stop()
     return 0
+
+
+def _hold(run_dir: Path, data_dir: Path) -> IO[str]:
+    """Be the only engine of a data folder: a second one would take the socket away from the first, unseen.
+
+    Raises:
+        SettingsError: another engine serves the folder.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = (run_dir / LOCK_FILE).open("a")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise SettingsError(f"another engine serves {data_dir}; stop it, or choose another --data-dir") from None
+    return handle
 
 
 def _listen(settings: Settings, hotswap: HotSwap) -> None:
