@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
-from typing import IO
 
 import structlog
 
@@ -25,7 +26,7 @@ from serving.engine.server import EngineServer
 
 log = structlog.get_logger("serving.engine")
 
-LOCK_FILE = "engine.lock"
+_PREDECESSOR_S = 10.0
 
 
 def main() -> int:
@@ -33,7 +34,7 @@ def main() -> int:
     configure_logging()
     try:
         settings = load_settings()
-        lock = _hold(settings.run_dir, settings.data_dir)  # until this process ends, however it ends
+        lock = _hold(settings.data_dir)  # until this process ends, however it ends
         database = open_database(settings.database)
         migrate(database)
         Facts(database).put(STARTING, {})
@@ -42,6 +43,7 @@ def main() -> int:
     except DraftsmithError as error:
         log.error("engine_cannot_start", reason=str(error))
         return 2
+    settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     server = EngineServer(
         built, settings.run_dir, max_waiting=settings.engine.max_waiting,
         max_model_len=settings.engine.max_model_len, facts=Facts(database),
@@ -52,27 +54,35 @@ def main() -> int:
         threading.Thread(target=_listen, args=(settings, built.hotswap), daemon=True).start()
     log.info("engine_ready", target=pair.target_name, draft=pair.draft_kind, dtype=pair.dtype)
     server.run()
-    lock.close()
+    os.close(lock)
     built.publisher.close()
     if built.hotswap is not None:
         built.hotswap.stop()
     return 0
 
 
-def _hold(run_dir: Path, data_dir: Path) -> IO[str]:
+def _hold(data_dir: Path) -> int:
     """Be the only engine of a data folder: a second one would take the socket away from the first, unseen.
+
+    The folder itself is locked, so nothing is left behind; one that ends at this moment is waited for.
+    The result is a descriptor, whose closing gives the folder back.
 
     Raises:
         SettingsError: another engine serves the folder.
     """
-    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle = (run_dir / LOCK_FILE).open("a")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.close()
-        raise SettingsError(f"another engine serves {data_dir}; stop it, or choose another --data-dir") from None
-    return handle
+    data_dir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(data_dir, os.O_RDONLY)
+    give_up_s = time.monotonic() + _PREDECESSOR_S
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() < give_up_s:
+                time.sleep(0.2)
+                continue
+            os.close(handle)
+            raise SettingsError(f"another engine serves {data_dir}; stop it, or choose another --data-dir") from None
+        return handle
 
 
 def _listen(settings: Settings, hotswap: HotSwap) -> None:
