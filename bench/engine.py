@@ -40,7 +40,7 @@ def measure(options: Options) -> dict[str, Any]:
         SettingsError: what was asked for does not exist or does not fit.
     """
     options.check()
-    began_s = time.monotonic()
+    began_s, where = time.monotonic(), environment()  # of the code that runs, whatever is committed meanwhile
     settings = load_settings(
         target=options.target, draft=options.draft, dtype=options.dtype, cache_dir=options.cache_dir
     )
@@ -58,7 +58,7 @@ def measure(options: Options) -> dict[str, Any]:
                 say(f"{name}: loading and warming up, {time.monotonic() - began_s:.0f} s since the start")
                 rows += budget.run(name, phases.groups(name.rsplit("-", 1)[0]), options.repeats, until_s)
             gc.collect()  # the next phase needs the memory of this one's models
-    return _result(options, pair, rows, budget, time.monotonic() - began_s)
+    return _result(options, pair, rows, budget, time.monotonic() - began_s) | where
 
 
 def _weights(options: Options) -> dict[str, float]:
@@ -96,7 +96,7 @@ def _result(options: Options, pair: Pair, rows: list[Row], budget: Budget, secon
         "hf_assisted": {"num_assistant_tokens": ASSISTANT_TOKENS, "num_assistant_tokens_schedule": "constant"},
         "phases": budget.phases, "seconds": round(seconds, 1),
         "rows": [row.report() for row in rows], "ratios": ratios(rows),
-    } | environment()  # fmt: skip
+    }  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -52,7 +52,7 @@ class Options(PairOptions):
 
 def measure(options: Options) -> dict[str, Any]:
     """Run every batch size and return the result."""
-    rows = []
+    rows, where = [], environment()  # of the code that runs, whatever is committed meanwhile
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder)
         pair = {"target": options.target, "draft": options.draft, "dtype": options.dtype}
@@ -70,7 +70,7 @@ def measure(options: Options) -> dict[str, Any]:
     return {
         "what": "cost of logging: time of the same steps with the recorder on, divided by that with it off, less 1",
         "target": served.pair.target_name, "dtype": options.dtype, "arm": ARM, "tokens": options.tokens, "rows": rows,
-    } | environment()  # fmt: skip
+    } | where  # fmt: skip
 
 
 @contextmanager

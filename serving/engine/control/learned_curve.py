@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from serving.engine.control.cost_table import Curve, Floats
 
 _DENSE = 2048
+_ROWS = np.arange(_DENSE)
 _DOUBT = 32.0  # forwards of a size that are worth as much as its measurement at start
 _SLOWEST = 0.002
 _LIMIT = math.log(2.0)
@@ -27,7 +28,7 @@ class LearnedCurve:
 
     def __init__(self, curve: Curve) -> None:
         self.context_s = curve.context_s
-        self._measured: Floats = np.interp(np.arange(_DENSE), *curve.knots)
+        self._measured: Floats = np.interp(_ROWS, *curve.knots)
         self._sizes = curve.rows
         self._wrong = [0.0] * len(curve.rows)  # log of what is seen over what was measured, by size
         self._seen = [0.0] * len(curve.rows)
@@ -77,7 +78,7 @@ class LearnedCurve:
     def _renew(self) -> None:
         """Apply the corrections; more rows are never believed to be cheaper."""
         self._waiting = 0
-        factors = np.exp(np.interp(np.arange(_DENSE), self._sizes, self._wrong))
+        factors = np.interp(_ROWS, self._sizes, np.exp(self._wrong))
         self.array: Floats = np.maximum.accumulate(self._measured * factors)
-        self._list = [float(item) for item in self.array]
+        self._list: list[float] = self.array.tolist()
         self._slope = self._list[-1] - self._list[-2]
