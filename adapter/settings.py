@@ -290,9 +290,12 @@ def _unknown_names() -> list[str]:
     """Say which DRAFTSMITH_ variables would be ignored, and what was probably meant."""
     plain = {"redis_url", "database_url"}
     known = set(Settings.model_fields) - plain
+    for section, description in Settings.model_fields.items():
+        if isinstance(description.default, _Section):
+            known |= {f"{section}__{field}" for field in type(description.default).model_fields}
     lines = []
     for name in sorted(os.environ):
-        field = name.removeprefix("DRAFTSMITH_").lower().split("__")[0]
+        field = name.removeprefix("DRAFTSMITH_").lower()
         if not name.startswith("DRAFTSMITH_") or field in known:
             continue
         guess = [field] if field in plain else [f"DRAFTSMITH_{near}" for near in get_close_matches(field, known, 1)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import socket
 import sys
 import threading
 from types import FrameType
@@ -13,7 +12,7 @@ from types import FrameType
 import structlog
 import uvicorn
 
-from adapter.addresses import url_of
+from adapter.addresses import bind, url_of
 from adapter.broker import announce_job
 from adapter.contracts import SettingsError
 from adapter.database import migrate, open_database
@@ -30,28 +29,11 @@ log = structlog.get_logger(__name__)
 _JOIN_S = 1.5
 
 
-def listen(settings: Settings) -> socket.socket:
-    """Open the dashboard's port; port 0 lets the system choose.
-
-    Raises:
-        SettingsError: the address or port cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in settings.dashboard_host else socket.AF_INET
-    try:
-        return socket.create_server((settings.dashboard_host, settings.dashboard_port), family=family, backlog=128)
-    except OSError as error:
-        raise SettingsError(
-            f"dashboard_port = {settings.dashboard_port}: the dashboard cannot listen on "
-            f"{settings.dashboard_host}:{settings.dashboard_port}: {error.strerror}. "
-            "Choose another port, or 0 for any free one"
-        ) from error
-
-
 def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT."""
     engine = open_database(settings.database)
     migrate(engine)
-    listener = listen(settings)
+    listener = bind(settings.dashboard_host, settings.dashboard_port, setting="dashboard_port")
     metrics, stop = Metrics(), threading.Event()
     watcher = Watcher(
         settings,

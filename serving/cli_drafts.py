@@ -52,7 +52,7 @@ def show(version: int, data_dir: DataDir = None, as_json: AsJson = False) -> Non
         typer.echo(json.dumps({**_plain(draft), "alias": _alias(version, registry.live())}, indent=2))
         return
     for name, value in _plain(draft).items():
-        words = json.dumps(value) if isinstance(value, dict) else str(value)
+        words = json.dumps(value) if isinstance(value, dict) else "–" if value is None else str(value)
         console.print(f"[bold]{name}[/]: {escape(words)}", highlight=False)
 
 

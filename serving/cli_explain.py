@@ -82,6 +82,8 @@ def _print_costs(costs: dict[str, Any]) -> None:
         cells = "  ".join(f"{rows}: {ms:.2f}" for rows, ms in zip(curve["rows"], curve["ms"], strict=True))
         table.add_row(name, f"{factor['factor']:.3f}{' !' if factor['alarm'] else ''}", cells)
     console.print(table, highlight=False)
+    if any(factor["alarm"] for factor in costs["corrections"].values()):
+        console.print("!: steps cost something else than was measured at start; the correction is in use", style="dim")
     console.print(
         f"a step costs {costs['overhead_ms']:.2f} ms besides, looking for matches {costs['propose_ms']:.2f} ms",
         highlight=False,
@@ -91,9 +93,14 @@ def _print_costs(costs: dict[str, Any]) -> None:
 def _print_beliefs(beliefs: dict[str, Any]) -> None:
     table = Table("segment", "draft", "acceptance", "tokens it rests on", box=None, header_style="bold")
     for kind in beliefs["kinds"]:
-        name = f"version {kind['version']}" if kind["proposer"] == "draft" else f"{kind['proposer']} {kind['match']}"
+        match = f"{kind['proposer']}, {kind['match_tokens']} tokens match"
+        name = f"version {kind['version']}" if kind["proposer"] == "draft" else match
         table.add_row(escape(kind["segment"]), name, f"{kind['acceptance']:.3f}", f"{kind['examined']:.0f}")
     console.print(table if beliefs["kinds"] else "nothing was drafted yet", highlight=False)
+    if any(kind["proposer"] != "draft" for kind in beliefs["kinds"]):
+        console.print(
+            "ngram: the text repeats itself; past: it repeats an earlier output", style="dim", highlight=False
+        )  # fmt: skip
 
 
 def _print_measured(told: dict[str, Any]) -> None:

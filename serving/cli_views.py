@@ -16,10 +16,13 @@ from rich.markup import escape
 from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
+from adapter.addresses import bind
+from adapter.contracts import SettingsError
 from adapter.database import migrate, open_database
 from adapter.facts import SERVING, WATCHER, Facts
 from adapter.logs import configure_logging
 from adapter.settings import Settings
+from adapter.streams import BROKEN, connect
 from serving.cli_common import open_deployment
 from serving.roles import roles_for
 from serving.status import collect_status
@@ -31,8 +34,13 @@ _LOOK_EVERY_S = 0.5
 
 
 def supervise(settings: Settings, names: list[str]) -> None:
-    """Run roles until Ctrl-C; say so when the service is ready."""
+    """Run roles until Ctrl-C; say so when the service is ready.
+
+    Raises:
+        SettingsError: a port cannot be had or REDIS_URL is none; nothing was started and no folder made.
+    """
     configure_logging()
+    _look_around(settings, with_dashboard="watcher" in names)
     supervisor = Supervisor(settings, roles_for(settings, names))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: supervisor.stop())
@@ -42,6 +50,28 @@ def supervise(settings: Settings, names: list[str]) -> None:
     announcement = _Announcement(settings, with_dashboard="watcher" in names)
     supervisor.run(on_tick=announcement.look)
     console.print("stopped")
+
+
+def _look_around(settings: Settings, with_dashboard: bool) -> None:
+    """Find out now what the roles would find out one by one."""
+    if settings.redis_url:
+        _ask_redis(settings.redis, settings.log.timeout_s)
+    bind(settings.host, settings.port, setting="port").close()
+    if with_dashboard:
+        bind(settings.dashboard_host, settings.dashboard_port, setting="dashboard_port").close()
+
+
+def _ask_redis(url: str, timeout_s: float) -> None:
+    try:
+        client = connect(url, timeout_s)
+    except ValueError as error:  # the URL itself stays unsaid: it may hold a password
+        raise SettingsError(f"REDIS_URL cannot be read: {error}") from None
+    try:
+        client.ping()
+    except BROKEN as error:  # it may come later, and answers never wait for it
+        log.warning("redis_away", error=str(error), until_it_comes="nothing is logged, so nothing is learned")
+    finally:
+        client.close()
 
 
 class _Announcement:
@@ -103,6 +133,7 @@ def show_status(settings: Settings, as_json: bool) -> None:
         SettingsError: the folder holds no deployment.
     """
     status = collect_status(settings, open_deployment(settings))
+    status["ready"] = _runs(status, "api") and _answers(f"{status['api_url']}/ready")
     if as_json:
         typer.echo(json.dumps(status, indent=2))
         return
@@ -116,13 +147,13 @@ def _print_status(status: dict[str, Any]) -> None:
     lines.add_row("live draft", f"version {status['live']}, generation {status['generation']}")
     lines.add_row("previous", "–" if status["previous"] is None else f"version {status['previous']}")
     if acceptance["value"] is None:
-        lines.add_row("acceptance", f"version {status['live']} drafted nothing in the last five minutes")
+        lines.add_row("acceptance", f"version {status['live']} drafted for no request in the last five minutes")
     else:
         low, high = acceptance["interval"]
         lines.add_row(
             "acceptance",
-            f"{acceptance['value']:.3f} [{low:.3f}, {high:.3f}] over {acceptance['n']} requests, "
-            f"{acceptance['tokens_per_round']:.2f} tokens per round",
+            f"{acceptance['value']:.3f} [{low:.3f}, {high:.3f}] over the {acceptance['n']} requests it drafted for in "
+            f"the last five minutes, {acceptance['tokens_per_round']:.2f} tokens per round",
         )
     job = status["job"]
     if job is not None:
@@ -130,14 +161,20 @@ def _print_status(status: dict[str, Any]) -> None:
     if status["log"] is not None:
         lines.add_row("log", _log_words(status["log"]))
     lines.add_row("alerts", escape("; ".join(alert["summary"] for alert in status["alerts"])) or "none firing")
-    for label, role, url in (("API", "api", status["api_url"]), ("dashboard", "watcher", status["dashboard_url"])):
-        runs = status["roles"].get(role, {}).get("pid") is not None
-        lines.add_row(label, url if runs and url else "not running here")
+    not_ready = "" if status["ready"] else " [yellow]serves nothing yet: /ready says why[/]"
+    for label, role, url, remark in (
+        ("API", "api", status["api_url"], not_ready), ("dashboard", "watcher", status["dashboard_url"], ""),
+    ):  # fmt: skip
+        lines.add_row(label, f"{url}{remark}" if _runs(status, role) and url else "not running here")
     console.print(lines, highlight=False)
     roles = Table("process", "state", "pid", "restarts", box=None, header_style="bold")
     for name, role in status["roles"].items():
         roles.add_row(name, role["state"], str(role["pid"] or "–"), str(role["restarts"]))
     console.print(roles if status["roles"] else "no processes run here", highlight=False)
+
+
+def _runs(status: dict[str, Any], role: str) -> bool:
+    return status["roles"].get(role, {}).get("pid") is not None
 
 
 def _log_words(said: dict[str, Any]) -> str:

@@ -79,7 +79,11 @@ def publish(
     if as_json:
         typer.echo(json.dumps({**msgspec.to_builtins(row), "generation": live.generation, "live": live.live}, indent=2))
         return
-    covered = "nothing was counted yet" if row.coverage is None else f"{row.coverage:.2%} of the counted tokens inside"
+    counted = row.counted["tokens"]
+    covered = (
+        "nothing was counted yet, so by the default ranking alone" if row.coverage is None
+        else f"{row.coverage:.2%} of the {counted} counted tokens inside"
+    )  # fmt: skip
     console.print(f"vocabulary {row.number}: {row.size} tokens, {covered}", highlight=False)
     say_live(console, registry.noun, live, False)
 

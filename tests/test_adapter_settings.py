@@ -72,8 +72,9 @@ def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("DRAFTSMITH_ENGINE__GAMA", "engine.gama"),
-        ("DRAFTSMITH_LOG__TOPK", "log.topk"),
+        ("DRAFTSMITH_ENGINE__GAMA", "did you mean DRAFTSMITH_ENGINE__GAMMA?"),
+        ("DRAFTSMITH_ENGIN__GAMMA", "did you mean DRAFTSMITH_ENGINE__GAMMA?"),
+        ("DRAFTSMITH_LOG__TOPK", "did you mean DRAFTSMITH_LOG__TOP_K?"),
         ("DRAFTSMITH_PROT", "did you mean DRAFTSMITH_PORT?"),
         ("DRAFTSMITH_REDIS_URL", "did you mean REDIS_URL?"),
     ],

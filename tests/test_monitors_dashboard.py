@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
@@ -20,12 +19,12 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine
 
 from adapter.accounting import Accounting, Window
+from adapter.addresses import bind
 from adapter.alerting import Alerts
 from adapter.facts import DRIFT, PAIR, WATCHER, Facts
 from adapter.jobs import Jobs
 from adapter.registry import Registry
 from adapter.settings import Settings
-from monitors.__main__ import listen
 from monitors.dashboard.app import HEADERS, create_app
 
 NOW = 1_000_000.0
@@ -227,7 +226,7 @@ def test_the_apis_address_does_not_open_the_dashboard(database: Engine) -> None:
         settings = Settings(
             host="0.0.0.0", dashboard_port=0, **({} if host == "127.0.0.1" else {"dashboard_host": host})
         )
-        with contextlib.closing(listen(settings)) as listener:
+        with bind(settings.dashboard_host, 0, setting="dashboard_port") as listener:
             assert listener.getsockname()[0] == address
         with TestClient(create_app(settings, database, clock=lambda: NOW), base_url="http://localhost") as client:
             assert client.get("/", headers={"Host": "evil.example"}).status_code == status
@@ -331,4 +330,4 @@ def test_a_taken_port_is_one_sentence(tmp_path: Path, valkey_url: str) -> None:
 
     assert 2 == ended.returncode
     assert f"dashboard_port = {port}" in ended.stderr
-    assert "Choose another port" in ended.stderr
+    assert "choose another with --dashboard-port" in ended.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from adapter.facts import ADVICE, ENGINE, PAIR, SERVING, Facts
 from adapter.registry import Registry
 from adapter.settings import Settings
 from serving import cli, cli_views
+from serving.roles import write_roles
 
 Ran = tuple[int, str, str]
 
@@ -260,6 +263,39 @@ def test_impossible_values_are_refused(run, tmp_path, arguments, words):
     for word in words:
         assert word in err
     assert not (tmp_path / "data").exists()
+
+
+def test_up_looks_around_before_it_starts(run, tmp_path, monkeypatch):
+    """A taken port names its own flag, a Redis that nobody answers is a warning, and no folder is made."""
+    monkeypatch.setenv("REDIS_URL", f"unix://{tmp_path}/nobody.sock")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, out, err = run("up", "--port", 0, "--dashboard-port", port, "--data-dir", tmp_path / "data")
+    assert status == 2
+    assert "redis_away" in out + err
+    assert f"dashboard_port = {port}" in err
+    assert "--dashboard-port" in err
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_redis_url_that_is_none_is_refused_without_its_password(run, tmp_path, monkeypatch):
+    """It ends `up` in one line that does not repeat the URL."""
+    monkeypatch.setenv("REDIS_URL", "http://:hunter2@cache")
+    status, out, err = run("up", "--data-dir", tmp_path / "data")
+    assert status == 2
+    assert "REDIS_URL cannot be read" in err
+    assert "hunter2" not in out + err
+    assert not (tmp_path / "data").exists()
+
+
+def test_status_says_when_the_api_cannot_serve(run, data):
+    """A process that runs is not yet a service: without a /ready that says yes, `status` says so."""
+    Facts(open_database(f"sqlite:///{data / 'draftsmith.db'}")).put(SERVING, {"url": "http://127.0.0.1:1"})
+    settings = Settings(data_dir=data)
+    settings.run_dir.mkdir()
+    write_roles(settings, {"api": {"pid": os.getpid(), "state": "running", "restarts": 0}})
+    assert "serves nothing yet" in run("status", "--data-dir", data)[1]
+    assert json.loads(run("status", "--data-dir", data, "--json")[1])["ready"] is False
 
 
 @pytest.mark.parametrize("arguments", [("up", "--no-such-flag"), ("nonsense",), ("drafts", "promote", "one")])

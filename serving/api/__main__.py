@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -19,13 +18,13 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 
-from adapter.addresses import url_of
+from adapter.addresses import bind, url_of
 from adapter.contracts import DraftsmithError, SettingsError
 from adapter.database import migrate, open_database
 from adapter.facts import SERVING, Facts
 from adapter.logs import configure_logging
 from adapter.pairs import Pair, loaded_pair
-from adapter.settings import Settings, load_settings
+from adapter.settings import load_settings
 from serving.api.app import create_app
 
 log = structlog.get_logger("serving.api")
@@ -42,7 +41,7 @@ def main() -> int:
         database = open_database(settings.database)
         migrate(database)
         facts = Facts(database)
-        listener = _listen(settings)
+        listener = bind(settings.host, settings.port, setting="port")
         pair = _wait_for_pair(facts)
         app = create_app(settings, pair)
     except DraftsmithError as error:
@@ -91,20 +90,6 @@ class _Server(uvicorn.Server):
         if self.stale:
             log.warning("pair_changed", action="exits, to be started again with the engine's pair")
         return self.stale
-
-
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        raise SettingsError(
-            f"port {settings.port} on {settings.host} cannot be used: {error.strerror}; choose another with --port"
-        ) from None
-    listener.set_inheritable(False)
-    return listener
 
 
 def _wait_for_pair(facts: Facts) -> Pair:

@@ -93,6 +93,8 @@ class ResponseFormat(Strict):
 
 
 def _as_list(value: object) -> object:
+    if value == "":
+        raise ValueError("an empty string would stop at once; leave it out")
     return [value] if isinstance(value, str) else value
 
 

@@ -71,6 +71,10 @@ class Message(Strict):
         """Remove nulls and empty lists, which clients send back with an earlier answer."""
         if not isinstance(data, dict):
             return data
+        parts = data.get("content")
+        for index, part in enumerate(parts if isinstance(parts, list) else ()):
+            if isinstance(part, dict) and part.get("type") != "text":
+                raise FieldError(f"content.{index}.type", f"only 'text' parts are served, got {part.get('type')!r:.80}")
         return {name: value for name, value in data.items() if value is not None and value != []}
 
     @model_validator(mode="after")

@@ -30,6 +30,13 @@ def match_bucket(match_tokens: int) -> int:
     return sum(match_tokens > edge for edge in _BUCKETS)
 
 
+def _match_words(bucket: int) -> str:
+    """Spell the match lengths of a class: "3-4"; empty for a draft model, which matches nothing."""
+    if bucket == 0:
+        return ""
+    return f"{_BUCKETS[bucket - 1] + 1}-{_BUCKETS[bucket]}" if bucket < len(_BUCKETS) else f"over {_BUCKETS[-1]}"
+
+
 @dataclass(slots=True)
 class _Record:
     """One request under one kind: forgetting sums for itself, plain ones of the stretch for the kind's spread."""
@@ -162,15 +169,16 @@ class Beliefs:
         """Return the kinds used last and some running requests, in plain values."""
         kinds = [
             {
-                "segment": kind[0] or "(all)", "version": kind[1], "proposer": kind[2], "match": kind[3],
+                "segment": kind[0] or "(all)", "version": kind[1], "proposer": kind[2],
+                "match_tokens": _match_words(kind[3]),
                 "acceptance": round(prior.mean, 4), "examined": round(prior.examined, 1),
                 "strength": round(prior.strength, 1),
             }
             for kind, prior in list(self.priors.items())[: -limit - 1 : -1]
         ]  # fmt: skip
         requests = [
-            {"request": name, "proposer": kind[2], "match": kind[3], "acceptance": round(self.mean(name, kind), 4),
-             "examined": round(record.examined, 1)}
+            {"request": name, "proposer": kind[2], "match_tokens": _match_words(kind[3]),
+             "acceptance": round(self.mean(name, kind), 4), "examined": round(record.examined, 1)}
             for name, records in list(self._records.items())[:limit] for kind, record in list(records.items())[:2]
         ]  # fmt: skip
         shapes = {name: [round(factor, 3) for factor in item.factors] for name, item in self._positions.items()}
