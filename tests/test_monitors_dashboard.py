@@ -21,7 +21,7 @@ from sqlalchemy import Engine
 from adapter.accounting import Accounting, Window
 from adapter.addresses import bind
 from adapter.alerting import Alerts
-from adapter.facts import DRIFT, PAIR, WATCHER, Facts
+from adapter.facts import ADVICE, DRIFT, PAIR, WATCHER, Facts
 from adapter.jobs import Jobs
 from adapter.registry import Registry
 from adapter.settings import Settings
@@ -98,6 +98,18 @@ def test_the_page_shows_state_and_evidence(client: TestClient, database: Engine)
         assert wanted in text
     assert GATE["verdict"] in text
     assert "Nothing needs you" not in text
+
+
+def test_advice_shows_settings_as_code_and_nothing_as_markup(client: TestClient, database: Engine) -> None:
+    """What stands between backticks is code; a segment's name inside the sentence stays text."""
+    advice = {
+        "verdict": "do not speculate", "sentence": "Measured 0.91x.", "requests": 40, "signals": [],
+        "instead": ["Switch `engine.prefix_cache` on.", "Segment <b>x</b> `<i>` asks."],
+    }  # fmt: skip
+    Facts(database).put(ADVICE, advice | {"at_s": NOW})
+    text = client.get("/").text
+    assert "Switch <code>engine.prefix_cache</code> on." in text
+    assert "Segment &lt;b&gt;x&lt;/b&gt; <code>&lt;i&gt;</code> asks." in text
 
 
 def test_an_empty_database_is_a_page_and_not_an_error(database: Engine) -> None:

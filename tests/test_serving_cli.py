@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deployment import cli as process
+from deployment import environment
 
 from adapter.alerting import Alerts
 from adapter.database import migrate, open_database
@@ -265,26 +267,26 @@ def test_impossible_values_are_refused(run, tmp_path, arguments, words):
     assert not (tmp_path / "data").exists()
 
 
-def test_up_looks_around_before_it_starts(run, tmp_path, monkeypatch):
+def test_up_looks_around_before_it_starts(tmp_path):
     """A taken port names its own flag, a Redis that nobody answers is a warning, and no folder is made."""
-    monkeypatch.setenv("REDIS_URL", f"unix://{tmp_path}/nobody.sock")
+    env = environment() | {"REDIS_URL": f"unix://{tmp_path}/nobody.sock"}
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        status, out, err = run("up", "--port", 0, "--dashboard-port", port, "--data-dir", tmp_path / "data")
-    assert status == 2
-    assert "redis_away" in out + err
-    assert f"dashboard_port = {port}" in err
-    assert "--dashboard-port" in err
+        port = str(taken.getsockname()[1])
+        done = process("up", "--port", "0", "--dashboard-port", port, "--data-dir", tmp_path / "data", env=env)
+    assert done.returncode == 2
+    assert "redis_away" in done.stdout + done.stderr
+    assert f"dashboard_port = {port}" in done.stderr
+    assert "--dashboard-port" in done.stderr
     assert not (tmp_path / "data").exists()
 
 
-def test_a_redis_url_that_is_none_is_refused_without_its_password(run, tmp_path, monkeypatch):
+def test_a_redis_url_that_is_none_is_refused_without_its_password(tmp_path):
     """It ends `up` in one line that does not repeat the URL."""
-    monkeypatch.setenv("REDIS_URL", "http://:hunter2@cache")
-    status, out, err = run("up", "--data-dir", tmp_path / "data")
-    assert status == 2
-    assert "REDIS_URL cannot be read" in err
-    assert "hunter2" not in out + err
+    env = environment() | {"REDIS_URL": "http://:hunter2@cache"}
+    done = process("up", "--data-dir", tmp_path / "data", env=env)
+    assert done.returncode == 2
+    assert "REDIS_URL cannot be read" in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
     assert not (tmp_path / "data").exists()
 
 

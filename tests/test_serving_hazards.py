@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_rig import Changing, Rig, build_rig, counts_of, plain, plain_each, prompts, request, requests_for
+from engine_rig import MIXED, Changing, Rig, build_rig, counts_of, plain, plain_each, prompts, request, requests_for
 from tiny_pair import pair_settings
 from transformers import LlamaForCausalLM
 
@@ -126,6 +126,26 @@ def test_serving_q1_acceptance_does_not_die_with_position(folder, tmp_path, mode
     # Only where the draft's positions end may a round run without it.
     assert counts.num_rounds >= 500 // 6
     assert item.plain_rounds <= 5
+
+
+@pytest.mark.parametrize("coupling", ["gumbel", "maximal"])
+def test_serving_q1_d2_d4_a_draft_equal_to_its_target_is_never_rejected(folder, tmp_path, model, coupling):
+    """Eight mixed requests at once, three waves: each row is judged by its own law, in the precision it was drawn in.
+
+    The third wave, after 500 tokens and as many positions of the caches used twice, does as well as the first.
+    """
+    own = build_rig(
+        folder, tmp_path, draft=str(folder / "tiny-target"), exact=True, coupling=coupling, prefix_cache=False
+    )
+    own.engine.controller = FixedGamma(4)
+    ids = prompts(model.config.vocab_size)
+    for wave in range(3):
+        items = requests_for(ids, MIXED, N, prefix=f"{wave}-")
+        own.run(items)
+        counts = counts_of(items)
+        assert counts.num_drafted >= 8 * N // 2
+        assert counts.num_accepted == counts.num_drafted
+    own.built.publisher.close()
 
 
 def test_adapter_v1_another_token_map_is_refused(folder, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from markupsafe import Markup
+
 
 def age(seconds: float | None) -> str:
     """Write a duration coarsely: 8 s, 12 min, 3 h, 5 d."""
@@ -53,7 +55,14 @@ def version(value: int | None) -> str:
     return "–" if value is None else f"v{value}"
 
 
+def code(text: str) -> Markup:
+    """Show what stands between backticks as code; the rest is escaped."""
+    parts = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
+
+
 FILTERS = {
+    "code": code,
     "age": age,
     "utc": utc,
     "iso": iso,

@@ -121,9 +121,10 @@
 
   function chart(id, field, digits, limits, least) {
     const box = byId(id);
+    const few = data.times.length < 40;
     const series = data.versions.map((line, index) => ({
       label: "v" + line.version, ...look(index), width: 2, spanGaps: false,
-      points: { show: data.times.length < 40, size: 5, fill: look(index).stroke },
+      points: { show: few, size: 5, fill: look(index).stroke, ...(few ? {} : { filter: () => lonely(line[field]) }) },
       value: (plot, value) => (value === null ? "–" : value.toFixed(digits)),
     }));
     const axis = { stroke: colour("--soft"), font: "12px Inter, system-ui, sans-serif", grid: { stroke: colour("--faint"), width: 1 }, ticks: { show: false } };
@@ -136,6 +137,12 @@
       series: [{}, ...series],
       hooks: { draw: [drawMarks], setCursor: [showValues] },
     }, [data.times, ...data.versions.map((line) => line[field])], box);
+  }
+
+  // A value between two gaps has no line; without a dot nobody would see it.
+  function lonely(values) {
+    const there = (index) => values[index] !== null && values[index] !== undefined;
+    return [...values.keys()].filter((index) => there(index) && !there(index - 1) && !there(index + 1));
   }
 
   function timeRange(plot, low, high) {
