@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from bench.runs import merge
+
 ENGINE_COMMAND = "python -m bench.engine --json bench/results/engine.json"
 RECORD_COMMAND = "python -m bench.record --json bench/results/record.json"
 PLOT_COMMAND = "python -m bench.plot"
@@ -38,23 +40,29 @@ greedy unless a temperature is given. Prompts are made up from a seed; `--data F
 """
 
 
-def page(engine: dict[str, Any] | None, record: dict[str, Any] | None, *, picture: bool) -> str:
+def page(engine: list[dict[str, Any]], record: dict[str, Any] | None, *, picture: bool) -> str:
     """Return the page.
 
     Args:
+        engine: runs of `bench.engine`, as `bench.runs.kept` finds them.
         picture: whether docs/img/speedup.svg is there.
     """
     parts = [_INTRO]
-    if engine is None:
+    if not engine:
         parts.append(f"## The engine\nNot measured yet: `{ENGINE_COMMAND}` (`make bench`) writes the figures.\n")
     else:
-        parts += [_promises(engine), _plot(picture), *_tables(engine)]
+        result = merge(engine)
+        parts += [_promises(result), _plot(picture), *_tables(result)]
     parts.append(_record(record))
     return "\n".join(parts)
 
 
 def _promises(result: dict[str, Any]) -> str:
-    lines = ["## What is promised, and what was measured", f"{_where(result)}\n",
+    runs = "\n".join(f"{_where(run)}\n" for run in result["runs"])
+    several = (
+        "Of a group measured in more than one of these runs, the figures are those of the run that repeated it most."
+    )
+    lines = ["## What is promised, and what was measured", runs, *([f"{several}\n"] if len(result["runs"]) > 1 else []),
              "| ratio | promised | measured [range over repeats] | row |", "|---|---|---|---|"]  # fmt: skip
     for name, (words, least) in _PROMISES.items():
         item = _worst(name, result["ratios"])

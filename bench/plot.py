@@ -1,6 +1,6 @@
-"""Draw speed-up against batch size from a result of `bench.engine`.
+"""Draw speed-up against batch size from results of `bench.engine`.
 
-    python -m bench.plot [--json bench/results/engine.json] [--out docs/img/speedup.svg]
+    python -m bench.plot [--json bench/results/engine.json ...] [--out docs/img/speedup.svg]
 
 One panel a workload and width; a line an arm, each point the median over repeats of its speed divided by
 that of no speculation in the same repeat.  The paper is white, so it reads on dark pages as well.
@@ -19,8 +19,9 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot
 
+from bench.runs import kept, merge
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "bench/results/engine.json"
 IMAGE = ROOT / "docs/img/speedup.svg"
 STYLES = {  # distinct without colour too
     "fixed-1": ("#8c8c8c", ":", "o"), "fixed-3": ("#5b7db1", "--", "s"), "fixed-5": ("#b07d48", "-.", "^"),
@@ -85,10 +86,11 @@ def _panel(axis: Any, lines: dict[str, list[tuple[int, float]]], title: str) -> 
 def main() -> None:
     """Draw from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, default=RESULT, help="a result of bench.engine")
+    parser.add_argument("--json", type=Path, nargs="+", help="results of bench.engine; unset: all that are kept")
     parser.add_argument("--out", type=Path, default=IMAGE, help="the picture, .svg")
     arguments = parser.parse_args()
-    draw(json.loads(arguments.json.read_text(encoding="utf-8")), arguments.out)
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.json] if arguments.json else kept()
+    draw(merge(runs), arguments.out)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo  # noqa: E402
 
 from adapter import keys  # noqa: E402
 from adapter.settings import Settings  # noqa: E402
-from bench import page  # noqa: E402
+from bench import page, runs  # noqa: E402
 from docs import hazards  # noqa: E402
 from monitors.metrics import Metrics  # noqa: E402
 from serving.api.metrics import EngineCollector, ServingMetrics  # noqa: E402
@@ -101,12 +101,10 @@ def _results(run: dict[str, Any]) -> str:
 
 def benchmarks_page() -> str:
     """Show the kept runs of the benchmarks."""
-    kept = {}
-    for name in ("engine", "record"):
-        path = MEASURED / f"{name}.json"
-        kept[name] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    source = "bench/results/engine.json and record.json"
-    return NOTE.format(source=source) + page.page(**kept, picture=(ROOT / page.PICTURE).exists())
+    path = MEASURED / "record.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    source = "bench/results/engine*.json and record.json"
+    return NOTE.format(source=source) + page.page(runs.kept(MEASURED), record, picture=(ROOT / page.PICTURE).exists())
 
 
 def settings_page() -> str:

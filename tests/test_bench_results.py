@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from bench.driver import Window
 from bench.environment import command, environment
 from bench.plot import draw, speedups
 from bench.rows import Key, Row, ratios
+from bench.runs import merge
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,7 +97,7 @@ def test_the_picture_is_light_and_repeatable(result: dict[str, Any], tmp_path: P
 
 def test_the_page_says_what_was_measured(result: dict[str, Any]) -> None:
     """Every promise has its figure and its row, and every measured speed its cell."""
-    text = page.page(result, None, picture=True)
+    text = page.page([result], None, picture=True)
 
     assert "≥ 0.97 | 1.14 [1.14, 1.14] |" in text
     assert "batch 1, `high`, target widened 2x | ≥ 1.5 | 1.60 [1.60, 1.60] |" in text
@@ -107,9 +109,31 @@ def test_the_page_says_what_was_measured(result: dict[str, Any]) -> None:
     assert page.RECORD_COMMAND in text
 
 
+def test_a_longer_run_of_a_group_replaces_the_shorter_one_whole(result: dict[str, Any]) -> None:
+    """Of two runs each group is the one that was repeated more, with all its arms and ratios; the rest stays."""
+    longer = copy.deepcopy(result)
+    longer["rows"] = [row | {"repeats": 9, "tokens_per_s": 77.7} for row in longer["rows"] if row["workload"] == "low"]
+    longer["ratios"] = {
+        name: [item | {"ratio": 7.7, "repeats": 9} for item in items if item["workload"] == "low"]
+        for name, items in longer["ratios"].items()
+    }  # fmt: skip
+    both = merge([result, longer])
+
+    assert len(result["rows"]) == len(both["rows"])
+    assert {"low"} == {row["workload"] for row in both["rows"] if row["repeats"] == 9}
+    assert not [row for row in both["rows"] if row["workload"] == "low" and row["repeats"] != 9]
+    for name, items in result["ratios"].items():
+        assert len(items) == len(both["ratios"][name])
+    text = page.page([result, longer], None, picture=True)
+    assert 2 == text.count(result["command"])
+    assert "77.7 ±" in text
+    merged_again = merge([longer, result])
+    assert sorted(map(json.dumps, both["rows"])) == sorted(map(json.dumps, merged_again["rows"]))
+
+
 def test_the_page_says_how_to_make_what_is_missing() -> None:
     """Without results the page names the commands, and no figure."""
-    text = page.page(None, None, picture=False)
+    text = page.page([], None, picture=False)
 
     assert page.ENGINE_COMMAND in text
     assert page.RECORD_COMMAND in text
