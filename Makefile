@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install up demo test test-slow lint fmt docs bench bench-record clean
+.PHONY: help install up demo test test-slow lint fmt docs bench bench-record bench-load clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,10 @@ bench: install  ## measure the engine on an idle machine, about 50 minutes, and 
 
 bench-record: install  ## measure what logging costs, some minutes
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.record --json bench/results/record.json
+	$(BIN)/python docs/generate.py
+
+bench-load: install  ## compare token counts with guidellm's: make bench-load GUIDELLM=/path/to/guidellm
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.load --guidellm $(GUIDELLM) --json bench/results/load.json
 	$(BIN)/python docs/generate.py
 
 clean:  ## remove the environment, caches and build outputs; never the data folder

@@ -13,6 +13,7 @@ from bench.runs import merge
 
 ENGINE_COMMAND = "python -m bench.engine --json bench/results/engine.json"
 RECORD_COMMAND = "python -m bench.record --json bench/results/record.json"
+LOAD_COMMAND = "python -m bench.load --guidellm $(GUIDELLM) --json bench/results/load.json"
 PLOT_COMMAND = "python -m bench.plot"
 PICTURE = "docs/img/speedup.svg"
 
@@ -40,7 +41,9 @@ greedy unless a temperature is given. Prompts are made up from a seed; `--data F
 """
 
 
-def page(engine: list[dict[str, Any]], record: dict[str, Any] | None, *, picture: bool) -> str:
+def page(
+    engine: list[dict[str, Any]], record: dict[str, Any] | None, load: dict[str, Any] | None, *, picture: bool
+) -> str:
     """Return the page.
 
     Args:
@@ -53,7 +56,7 @@ def page(engine: list[dict[str, Any]], record: dict[str, Any] | None, *, picture
     else:
         result = merge(engine)
         parts += [_promises(result), _plot(picture), *_tables(result)]
-    parts.append(_record(record))
+    parts += [_record(record), _load(load)]
     return "\n".join(parts)
 
 
@@ -164,6 +167,26 @@ def _record(result: dict[str, Any] | None) -> str:
             for p in ("", "windows_")
         ]
         lines.append(f"| {row['batch']} | {cells[0]} | {cells[1]} | {row['pairs']} on, {row['pairs']} off |")
+    return "\n".join(lines) + "\n"
+
+
+def _load(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return "## An independent load generator\nNot run yet: `make bench-load GUIDELLM=PATH` compares token counts.\n"
+    lines = [
+        "## An independent load generator",
+        f"guidellm {result['rows'][0]['guidellm']}, unmodified and in an environment of its own, {result['streams']} "
+        f"requests at once with random words; its counts beside the server's own.\n{_where(result)}\n",
+        "| endpoint | requests | failed | prompt tokens | answer tokens | equal | tokens/s | first token, ms | "
+        "between tokens, ms |", "|---" * 9 + "|",
+    ]  # fmt: skip
+    for row in result["rows"]:
+        counts = [f"{row[p]['guidellm']} / {row[p]['server']}" for p in ("prompt_tokens", "output_tokens")]
+        lines.append(
+            f"| `{row['endpoint']}` | {row['requests']['guidellm']} / {row['requests']['server']} | {row['failed']} | "
+            f"{counts[0]} | {counts[1]} | {'yes' if row['equal'] else '**no**'} | {row['output_tokens_per_s']:.1f} | "
+            f"{row['ttft_ms_p50']:.0f} | {row['itl_ms_p50']:.1f} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -101,10 +101,13 @@ def _results(run: dict[str, Any]) -> str:
 
 def benchmarks_page() -> str:
     """Show the kept runs of the benchmarks."""
-    path = MEASURED / "record.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    source = "bench/results/engine*.json and record.json"
-    return NOTE.format(source=source) + page.page(runs.kept(MEASURED), record, picture=(ROOT / page.PICTURE).exists())
+    others = {}
+    for name in ("record", "load"):
+        path = MEASURED / f"{name}.json"
+        others[name] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    source = "bench/results/engine*.json, record.json and load.json"
+    drawn = (ROOT / page.PICTURE).exists()
+    return NOTE.format(source=source) + page.page(runs.kept(MEASURED), **others, picture=drawn)
 
 
 def settings_page() -> str:

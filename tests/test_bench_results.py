@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tiny_pair import write_pair
 
-from bench import page, record
+from bench import load, page, record
 from bench.driver import Window
 from bench.environment import command, environment
 from bench.plot import draw, speedups
@@ -97,7 +97,7 @@ def test_the_picture_is_light_and_repeatable(result: dict[str, Any], tmp_path: P
 
 def test_the_page_says_what_was_measured(result: dict[str, Any]) -> None:
     """Every promise has its figure and its row, and every measured speed its cell."""
-    text = page.page([result], None, picture=True)
+    text = page.page([result], None, None, picture=True)
 
     assert "≥ 0.97 | 1.14 [1.14, 1.14] |" in text
     assert "batch 1, `high`, target widened 2x | ≥ 1.5 | 1.60 [1.60, 1.60] |" in text
@@ -124,7 +124,7 @@ def test_a_longer_run_of_a_group_replaces_the_shorter_one_whole(result: dict[str
     assert not [row for row in both["rows"] if row["workload"] == "low" and row["repeats"] != 9]
     for name, items in result["ratios"].items():
         assert len(items) == len(both["ratios"][name])
-    text = page.page([result, longer], None, picture=True)
+    text = page.page([result, longer], None, None, picture=True)
     assert 2 == text.count(result["command"])
     assert "77.7 ±" in text
     merged_again = merge([longer, result])
@@ -133,11 +133,33 @@ def test_a_longer_run_of_a_group_replaces_the_shorter_one_whole(result: dict[str
 
 def test_the_page_says_how_to_make_what_is_missing() -> None:
     """Without results the page names the commands, and no figure."""
-    text = page.page([], None, picture=False)
+    text = page.page([], None, None, picture=False)
 
     assert page.ENGINE_COMMAND in text
     assert page.RECORD_COMMAND in text
     assert not re.search(r"\d\.\d", text)
+
+
+def test_a_token_that_one_side_lost_is_seen() -> None:
+    """guidellm's totals are put beside the server's; one token less, or a failed request, is not equal."""
+    value = {"total_sum": 96.0, "mean": 12.345, "median": 3.21}
+    names = ("prompt_token_count", "output_token_count", "output_tokens_per_second", "time_to_first_token_ms",
+             "inter_token_latency_ms")  # fmt: skip
+    totals = {"successful": 3, "errored": 0, "incomplete": 0, "total": 3}
+    report = {
+        "metadata": {"guidellm_version": "0.8.1"},
+        "benchmarks": [{"metrics": {name: {"successful": value} for name in names} | {"request_totals": totals}}],
+    }  # fmt: skip
+    server = {"requests": 3, "prompt_tokens": 96, "output_tokens": 96}
+    row = {"endpoint": "/v1/completions"} | load.compare(report, server)
+
+    assert row["equal"]
+    assert not load.compare(report, server | {"output_tokens": 95})["equal"]
+    result = {"streams": 4, "rows": [row], "command": "c", "dtype": "float32", "target": "t"} | environment()
+    text = page.page([], None, result, picture=False)
+    assert "| `/v1/completions` | 3 / 3 | 0 | 96 / 96 | 96 / 96 | yes | 12.3 | 3 | 3.2 |" in text
+    totals |= {"errored": 1, "total": 4}
+    assert not load.compare(report, server)["equal"]
 
 
 def test_the_command_names_no_place_of_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +173,8 @@ def test_the_command_names_no_place_of_one_machine(monkeypatch: pytest.MonkeyPat
 
 
 def test_make_runs_what_the_page_names() -> None:
-    """`make bench` and `make bench-record` run the very commands."""
+    """`make bench`, `make bench-record` and `make bench-load` run the very commands."""
     makefile = (ROOT / "Makefile").read_text()
 
-    for line in (page.ENGINE_COMMAND, page.RECORD_COMMAND, page.PLOT_COMMAND):
+    for line in (page.ENGINE_COMMAND, page.RECORD_COMMAND, page.PLOT_COMMAND, page.LOAD_COMMAND):
         assert re.search(rf"^\t(OMP_WAIT_POLICY=PASSIVE )?\$\(BIN\)/{re.escape(line)}$", makefile, re.MULTILINE)

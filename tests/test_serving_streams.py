@@ -13,6 +13,7 @@ import pytest
 from processes import Processes, serving_tiny
 
 from adapter.settings import LogSettings
+from bench.load import counted
 
 STREAMS = 200
 N = 24
@@ -61,17 +62,21 @@ def _memory(service: Processes) -> int:
 
 
 def test_two_hundred_streams_leave_nothing_behind(service, wait_for):
-    """Each stream gets all its tokens; half leaving early frees every place; blocks and memory come back."""
+    """Each stream gets all its tokens, and the server counted them; leaving early frees every block and byte."""
 
     def idle() -> bool:
         return service.idle() and service.debug()["kv_usage"] < 1e-9
 
+    before_any = counted(service.url)
     for leaving in (False, True, True):
         ended = asyncio.run(_wave(service.url, leaving))
         assert {status for status, _, _ in ended} == {200}
         stayed = [item for i, item in enumerate(ended) if not (leaving and i % 2)]
         assert {(reason, tokens) for _, reason, tokens in stayed} == {("length", N)}
         wait_for(idle)
+        if not leaving:
+            seen = {name: count - before_any[name] for name, count in counted(service.url).items()}
+            assert (seen["requests"], seen["output_tokens"]) == (STREAMS, STREAMS * N)
     before = _memory(service)
     for _ in range(2):
         asyncio.run(_wave(service.url, True))
