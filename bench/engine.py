@@ -28,7 +28,7 @@ from bench.options import SAMPLED, Options
 from bench.phases import Phases
 from bench.program import names, numbers, parser, run, say
 from bench.rows import Row, ratios
-from bench.vllm_arm import ARM as VLLM_ARM
+from bench.vllm_arm import ARMS as VLLM_ARMS
 from bench.widen import widened_pair
 from bench.workloads import RAG, WORKLOADS, load_texts
 
@@ -48,6 +48,7 @@ def measure(options: Options) -> dict[str, Any]:
     texts = load_texts(options.data) if options.data else None
     budget = Budget(options.minutes * 60, _weights(options), say)
     rows: list[Row] = []
+    vllm: str | None = None
     with tempfile.TemporaryDirectory() as folder:
         for name in budget.weights:
             with ExitStack() as stack:
@@ -57,8 +58,13 @@ def measure(options: Options) -> dict[str, Any]:
                 until_s = budget.share(name)
                 say(f"{name}: loading and warming up, {time.monotonic() - began_s:.0f} s since the start")
                 rows += budget.run(name, phases.groups(name.rsplit("-", 1)[0]), options.repeats, until_s)
+                vllm = vllm or phases.vllm_version
             gc.collect()  # the next phase needs the memory of this one's models
-    return _result(options, pair, rows, budget, time.monotonic() - began_s) | where
+    result = _result(options, pair, rows, budget, time.monotonic() - began_s) | where
+    if vllm is not None:
+        result["versions"]["vllm"] = vllm
+        result["vllm"] = {arm: {"speculative_config": config} for arm, config in VLLM_ARMS.items()}
+    return result
 
 
 def _weights(options: Options) -> dict[str, float]:
@@ -112,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--max-prompt-tokens", type=int, default=default.max_prompt_tokens)
     made.add_argument("--seed", type=int, default=default.seed)
     made.add_argument("--data", type=Path, help="folder of .jsonl files whose `prompt` fields are used")
-    made.add_argument("--vllm-python", help=f"python of an environment with vllm; adds the arm {VLLM_ARM}")
+    made.add_argument("--vllm-python", help=f"python of an environment with vllm; adds the arms {', '.join(VLLM_ARMS)}")
     return made
 
 

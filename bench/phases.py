@@ -18,7 +18,7 @@ from bench.library import Library
 from bench.options import SAMPLED, Options
 from bench.rows import ENGINE_ARMS, Key
 from bench.served import ADAPTIVE, GAMMA_MAX, Served, Tokens, positions
-from bench.vllm_arm import ARM as VLLM_ARM
+from bench.vllm_arm import ARMS as VLLM_ARMS
 from bench.vllm_arm import Vllm
 from bench.workloads import RAG, WORKLOADS, Prompt, prompts, rag
 
@@ -50,6 +50,7 @@ class Phases:
         self._texts = texts
         self._stack = stack
         self._runs = count()
+        self.vllm_version: str | None = None
         self._arms = [arm for arm in ENGINE_ARMS if arm in options.arms]
         self._tokens = Tokens(Path(pair["target"]), options.max_prompt_tokens)
 
@@ -65,7 +66,7 @@ class Phases:
         names = [name for name in options.workloads if name in WORKLOADS]
         asked = 1 in options.batches and any(arm in LIBRARY_ARMS for arm in options.arms)
         library = Library(served.pair) if asked else None
-        vllm = self._vllm(served) if options.vllm_python else None
+        vllms = self._vllms(served) if options.vllm_python else {}
         self._warm_up(served, names)
         if library is not None:
             load = self._load(prompts(names[0], 1, options.seed - 1, self._texts), names[0], 0.0)
@@ -77,8 +78,7 @@ class Phases:
                 group = [self._cell(served, name, batch, arm) for arm in self._arms]
                 if batch == 1 and library is not None:
                     group += [self._library_cell(library, name, arm) for arm in library.arms if arm in options.arms]
-                if vllm is not None:
-                    group.append(self._vllm_cell(vllm, name, batch))
+                group += [self._vllm_cell(vllm, name, batch, arm) for arm, vllm in vllms.items()]
                 groups.append(group)
         return groups
 
@@ -148,15 +148,16 @@ class Phases:
 
         return Cell(self._key(name, 1, arm), run)
 
-    def _vllm(self, served: Served) -> Vllm:
-        section = served.settings.engine
-        vllm = Vllm(str(self._options.vllm_python), served.pair, max_batch=section.max_batch,
-                    max_model_len=section.max_model_len)  # fmt: skip
-        return self._stack.enter_context(vllm)
+    def _vllms(self, served: Served) -> dict[str, Vllm]:
+        section, python = served.settings.engine, str(self._options.vllm_python)
+        room = {"max_batch": section.max_batch, "max_model_len": section.max_model_len}
+        started = {arm: self._stack.enter_context(Vllm(python, served.pair, arm, **room)) for arm in VLLM_ARMS}
+        self.vllm_version = started[next(iter(started))].version
+        return started
 
-    def _vllm_cell(self, vllm: Vllm, name: str, batch: int) -> Cell:
+    def _vllm_cell(self, vllm: Vllm, name: str, batch: int, arm: str) -> Cell:
         return Cell(
-            self._key(name, batch, VLLM_ARM),
+            self._key(name, batch, arm),
             lambda repeat: vllm.run(self._loads(name, batch, repeat, 0.0), self._options.tokens_of(batch)),
         )
 

@@ -18,8 +18,12 @@ from bench.driver import Window
 
 ENGINE_ARMS = ("none", "fixed-1", "fixed-3", "fixed-5", "adaptive")
 FIXED = ("fixed-1", "fixed-3", "fixed-5")
+VLLM = ("vllm", "vllm-ngram")
 _CLOSE = 0.85  # of the best arm's speed, that an arm needs to count as a rival for the best
-RATIOS = ("adaptive_vs_best", "adaptive_vs_none", "none_vs_hf_generate", "fixed3_vs_hf_assisted", "prefix_cache")
+RATIOS = (
+    "adaptive_vs_best", "adaptive_vs_none", "none_vs_hf_generate", "fixed3_vs_hf_assisted", "prefix_cache",
+    "adaptive_vs_vllm", "none_vs_vllm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +74,14 @@ class Row:
 def contenders(rows: list[Row]) -> set[Key]:
     """Return the rows of one group that promises still depend on.
 
-    Those are no speculation, the adaptive arm and any fixed length that may be the best.  Where a group has
-    neither of the first two, all of it goes on.
+    Those are no speculation, the adaptive arm, vLLM's and any fixed length that may be the best.  Where a group
+    has neither of the first two, all of it goes on.
     """
     rivals = [row for row in rows if row.key.arm in ("none", *FIXED)]
     kept = {row.key for row in rows if row.key.arm in ("none", "adaptive")}
     if not kept or not rivals:
         return {row.key for row in rows}
+    kept |= {row.key for row in rows if row.key.arm in VLLM}
     for row in rivals:
         alike = [other for other in rivals if _like(other.key, arm=row.key.arm) == row.key]
         best = max(statistics.median(other.speeds) for other in alike)
@@ -88,7 +93,8 @@ def contenders(rows: list[Row]) -> set[Key]:
 def ratios(rows: Iterable[Row]) -> dict[str, list[dict[str, Any]]]:
     """Return what the rows promise, as ratios of speeds; a ratio whose rows are missing is left out.
 
-    `adaptive_vs_best` is against the faster, by its median, of no speculation and the fixed lengths.
+    `adaptive_vs_best` is against the faster, by its median, of no speculation and the fixed lengths, and
+    `adaptive_vs_vllm` against the faster of vLLM's arms.
     """
     table = {row.key: row for row in rows if row.windows}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in RATIOS}
@@ -99,12 +105,14 @@ def ratios(rows: Iterable[Row]) -> dict[str, list[dict[str, Any]]]:
                 found["prefix_cache"].append(_ratio(row, off))
             continue
         if key.arm == "adaptive":
-            others = [table[other] for arm in ("none", *FIXED) if (other := _like(key, arm=arm)) in table]
-            if others:
-                best = max(others, key=lambda other: statistics.median(other.speeds))
-                found["adaptive_vs_best"].append(_ratio(row, best))
+            for name, rivals in (("adaptive_vs_best", ("none", *FIXED)), ("adaptive_vs_vllm", VLLM)):
+                others = [table[other] for arm in rivals if (other := _like(key, arm=arm)) in table]
+                if others:
+                    found[name].append(_ratio(row, max(others, key=lambda other: statistics.median(other.speeds))))
             if (plain := table.get(_like(key, arm="none"))) is not None:
                 found["adaptive_vs_none"].append(_ratio(row, plain))
+        if key.arm == "none" and (one := table.get(_like(key, arm="vllm"))) is not None:
+            found["none_vs_vllm"].append(_ratio(row, one))
         # The library answers one request after another, whatever the batch.
         if key.arm == "none" and (one := table.get(_like(key, arm="hf_generate", batch=1))) is not None:
             found["none_vs_hf_generate"].append(_ratio(row, one))

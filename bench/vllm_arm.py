@@ -1,6 +1,7 @@
 """vLLM on the same target, in an environment of its own: a process that answers lines of JSON.
 
-Plain decoding only.  Called by `bench.phases` when `--vllm-python` is given.
+Plain, and with vLLM's own n-gram speculation as its manual shows it.  Called by `bench.phases` when
+`--vllm-python` is given.
 """
 
 from __future__ import annotations
@@ -18,31 +19,40 @@ from adapter.pairs import Pair
 from bench.driver import Load, Window
 from bench.served import merge
 
-ARM = "vllm"
+ARMS: dict[str, dict[str, Any] | None] = {
+    "vllm": None,
+    "vllm-ngram": {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2},
+}  # fmt: skip
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
 class Vllm:
     """The worker process; leaving it ends the process.
 
+    Args:
+        arm: which of `ARMS` it is.
+
     Raises:
         SettingsError: the interpreter cannot be started, or the worker ended before it was ready.
     """
 
-    def __init__(self, python: str, pair: Pair, *, max_batch: int, max_model_len: int) -> None:
+    def __init__(self, python: str, pair: Pair, arm: str, *, max_batch: int, max_model_len: int) -> None:
+        own = {"PYTHONPATH", "OMP_WAIT_POLICY"}  # how its threads wait is vLLM's own business
+        self._most_tokens = max_model_len
         try:
             self._process = subprocess.Popen(
                 [python, str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+                env={name: value for name, value in os.environ.items() if name not in own},
             )  # fmt: skip
         except OSError as error:
             raise SettingsError(
                 f"--vllm-python {python} cannot be started ({error}); expected the python of an environment with vllm"
             ) from None
         job = {
-            "model": pair.target_path, "dtype": pair.dtype, "max_batch": max_batch, "max_model_len": max_model_len
+            "model": pair.target_path, "dtype": pair.dtype, "max_batch": max_batch, "max_model_len": max_model_len,
+            "speculative_config": ARMS[arm],
         }  # fmt: skip
-        self._ask(job)
+        self.version = self._ask(job)["version"]
 
     def __enter__(self) -> Vllm:
         return self
@@ -54,8 +64,8 @@ class Vllm:
         """Measure one window, a load after the other."""
         windows = []
         for load in loads:
-            answer = self._ask({"prompts": load.prompts, "tokens": num_tokens})
-            windows.append(Window(**answer, rounds=answer["tokens"]))
+            job = {"prompts": load.prompts, "tokens": num_tokens, "most_tokens": self._most_tokens}
+            windows.append(Window(**self._ask(job)))
         return merge(windows)
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:

@@ -18,26 +18,27 @@ from typing import Any
 def load(job: dict[str, Any]) -> Any:
     """Load the model and return vLLM's engine, stepped by this process."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; it is one of several engines in memory
     from vllm import LLM  # type: ignore[import-not-found]
 
     return LLM(
         model=job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=job["max_batch"],
-        enable_prefix_caching=False,
+        enable_prefix_caching=False, speculative_config=job["speculative_config"],
     ).llm_engine  # fmt: skip
 
 
 def window(engine: Any, job: dict[str, Any], run: int) -> dict[str, Any]:
-    """Decode all prompts together, one token a request and step; return tokens, seconds and token times."""
+    """Decode all prompts together until `tokens` a request were added; return tokens, seconds and token times."""
     from vllm import SamplingParams
 
     prompts, tokens = job["prompts"], job["tokens"]
-    limit = tokens + 1 + len(prompts) + sum(map(len, prompts)) // 256
+    most = job["most_tokens"]
     names = [f"{run}-{index}" for index in range(len(prompts))]
     counts: dict[str, int] = {}
     begun = time.perf_counter()
     first: dict[str, float] = {}
     for name, ids in zip(names, prompts, strict=True):
-        sampling = SamplingParams(temperature=0.0, max_tokens=limit, ignore_eos=True)
+        sampling = SamplingParams(temperature=0.0, max_tokens=most - len(ids), ignore_eos=True)
         engine.add_request(name, {"prompt_token_ids": ids}, sampling)
 
     def step() -> float:
@@ -52,9 +53,9 @@ def window(engine: Any, job: dict[str, Any], run: int) -> dict[str, Any]:
     while len(first) < len(names):
         begin = step()
     before = sum(counts.values())
-    now = begin
+    now, steps = begin, 0
     while sum(counts.values()) - before < tokens * len(names):
-        now = step()
+        now, steps = step(), steps + 1
     gained = sum(counts.values()) - before
     engine.abort_request(names)
     while engine.has_unfinished_requests():
@@ -62,8 +63,14 @@ def window(engine: Any, job: dict[str, Any], run: int) -> dict[str, Any]:
     each = (now - begin) / (gained / len(names))
     return {
         "tokens": gained, "seconds": now - begin, "tpot_s": [each] * len(names),
-        "ttft_s": [first[name] - begun for name in names],
+        "ttft_s": [first[name] - begun for name in names], "rounds": steps * len(names),
     }  # fmt: skip
+
+
+def _version() -> str:
+    import vllm
+
+    return str(vllm.__version__)
 
 
 def main() -> None:
@@ -71,7 +78,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     engine = load(json.loads(sys.stdin.readline()))
-    print(json.dumps({"ready": True}), file=answers, flush=True)
+    print(json.dumps({"version": _version()}), file=answers, flush=True)
     for run, line in enumerate(sys.stdin):
         print(json.dumps(window(engine, json.loads(line), run)), file=answers, flush=True)
 

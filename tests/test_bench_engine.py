@@ -131,9 +131,9 @@ def test_an_environment_without_vllm_is_refused(tmp_path: Path, capfd: pytest.Ca
     write_pair(tmp_path)
     pair = prepare_pair(pair_settings(tmp_path, tmp_path / "data"))
     with pytest.raises(SettingsError, match="--vllm-python /no/such/python cannot be started"):
-        Vllm("/no/such/python", pair, max_batch=1, max_model_len=64)
+        Vllm("/no/such/python", pair, "vllm", max_batch=1, max_model_len=64)
     with pytest.raises(SettingsError, match="the vLLM worker ended with code 1"):
-        Vllm(sys.executable, pair, max_batch=1, max_model_len=64)
+        Vllm(sys.executable, pair, "vllm", max_batch=1, max_model_len=64)
     assert "No module named 'vllm'" in capfd.readouterr().err
 
 
@@ -230,6 +230,18 @@ def test_the_library_is_the_reference_of_every_batch() -> None:
     assert [(8, 4.0)] == [(item["batch"], item["ratio"]) for item in found["none_vs_hf_generate"]]
 
 
+def test_vllm_is_met_by_its_faster_arm() -> None:
+    """The adaptive arm is compared with the better of vLLM's two at its point, no speculation with its plain one."""
+    table = [
+        made([2.0]), made([1.0], arm="adaptive"), made([3.0], arm="vllm"), made([1.5], arm="vllm-ngram"),
+        made([0.1], arm="vllm", batch=8),
+    ]  # fmt: skip
+    found = ratios(table)
+
+    assert [("vllm-ngram", 1.5)] == [(item["against"], item["ratio"]) for item in found["adaptive_vs_vllm"]]
+    assert [("vllm", 1.5)] == [(item["against"], item["ratio"]) for item in found["none_vs_vllm"]]
+
+
 def test_a_row_has_medians_percentiles_and_spread() -> None:
     """Speed is the median over repeats, spread their range over it, times percentiles over all requests."""
     report = made([1.0, 2.0, 3.0]).report()
@@ -266,8 +278,8 @@ def test_repeats_are_reduced_to_the_time_and_it_is_said() -> None:
 
 
 def test_arms_far_behind_leave_after_one_repeat() -> None:
-    """What a promise compares goes on: no speculation, the adaptive arm, and fixed lengths that may be best."""
-    speeds = {"none": 10.0, "fixed-1": 9.0, "fixed-3": 5.0, "adaptive": 4.0, "hf_generate": 3.0}
+    """What a promise compares goes on: no speculation, the adaptive arm, vLLM's and fixed lengths that may be best."""
+    speeds = {"none": 10.0, "fixed-1": 9.0, "fixed-3": 5.0, "adaptive": 4.0, "hf_generate": 3.0, "vllm": 2.0}
 
     def cell(arm: str, speed: float, coupling: str) -> Cell:
         window = Window(tokens=10, seconds=10 / speed, tpot_s=[], ttft_s=[])
@@ -279,7 +291,7 @@ def test_arms_far_behind_leave_after_one_repeat() -> None:
     budget = Budget(1e9, {"a": 1.0}, lambda line: None, clock=lambda: 0.0)
     measured = {(row.key.coupling, row.key.arm): len(row.windows) for row in budget.run("a", [group], 4, 1.0)}
 
-    gumbel = {"none": 4, "fixed-1": 4, "fixed-3": 1, "adaptive": 4, "hf_generate": 1}
+    gumbel = {"none": 4, "fixed-1": 4, "fixed-3": 1, "adaptive": 4, "hf_generate": 1, "vllm": 4}
     assert measured == {("gumbel", arm): count for arm, count in gumbel.items()} | {
         ("maximal", "none"): 4, ("maximal", "fixed-3"): 4,
     }  # fmt: skip
