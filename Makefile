@@ -48,16 +48,16 @@ docs: install  ## regenerate the tables in docs/
 	$(BIN)/python docs/generate.py
 
 bench: install  ## measure the engine on an idle machine, about 50 minutes, and redraw its page
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.engine --json bench/results/engine.json
+	$(BIN)/python -m bench.engine --json bench/results/engine.json
 	$(BIN)/python -m bench.plot
 	$(BIN)/python docs/generate.py
 
 bench-record: install  ## measure what logging costs, some minutes
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.record --json bench/results/record.json
+	$(BIN)/python -m bench.record --json bench/results/record.json
 	$(BIN)/python docs/generate.py
 
 bench-load: install  ## compare token counts with guidellm's: make bench-load GUIDELLM=/path/to/guidellm
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.load --guidellm $(GUIDELLM) --json bench/results/load.json
+	$(BIN)/python -m bench.load --guidellm $(GUIDELLM) --json bench/results/load.json
 	$(BIN)/python docs/generate.py
 
 clean:  ## remove the environment, caches and build outputs; never the data folder

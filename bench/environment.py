@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
 def command(module: str, arguments: list[str]) -> str:
     """Return the command line of a run without the places of one machine.
 
-    How threads wait is part of it: `draftsmith up` lets them sleep, as nothing else runs well beside threads that spin.
+    How threads wait is part of it where it was asked for: threads that sleep at barriers are slower.
     """
     shown = [f"{_WAITING}={os.environ[_WAITING]}"] if _WAITING in os.environ else []
     shown += ["python", "-m", module]

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from adapter import artifacts, keys
 from adapter.contracts import ArtifactError, DraftsmithError, VerifiedBlock
+from adapter.cores import step_aside, taking
 from adapter.database import open_database
 from adapter.facts import Facts
 from adapter.jobs import Jobs
@@ -296,10 +297,12 @@ def main(argv: list[str] | None = None) -> int:
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     try:
         settings = load_settings()
-        os.nice(settings.distill.nice)
+        step_aside(settings.distill.nice)
         torch.set_num_threads(settings.distill.threads)
         engine = open_database(settings.database)
-        _print_line({"result": run_job(settings, engine, arguments.job, arguments.epoch, _print_line)})
+        with taking(settings.run_dir, settings.distill.threads):
+            result = run_job(settings, engine, arguments.job, arguments.epoch, _print_line)
+        _print_line({"result": result})
     except ReplayError as error:
         sys.stderr.write(f"{error}\n")
         return 1

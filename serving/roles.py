@@ -31,11 +31,13 @@ def roles_for(settings: Settings, names: list[str]) -> list[Role]:
     """Return the roles to start, in order; the bundled Valkey first where no Redis is given."""
     env = child_environment(settings)
     env["PYTHONUNBUFFERED"] = "1"
-    # A decoding step has hundreds of short parallel regions.  When a trainer shares the cores, threads
-    # that spin at their ends starve each other and a step takes twenty times as long.
-    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A decoding step has hundreds of short parallel regions: threads that sleep at their ends take half as long
+    # again.  A training has long ones, and must not spin on cores that the engine could use.
+    sleeping = {"OMP_WAIT_POLICY": "PASSIVE"} | env
     roles = [] if settings.redis_url else [Role("valkey", valkey_command(settings), env)]
-    return roles + [Role(name, [sys.executable, "-m", MODULES[name]], env) for name in names]
+    return roles + [
+        Role(name, [sys.executable, "-m", MODULES[name]], sleeping if name == "worker" else env) for name in names
+    ]
 
 
 def write_roles(settings: Settings, table: dict[str, dict[str, Any]]) -> None:

@@ -26,6 +26,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from adapter.contracts import DraftsmithError
+from adapter.cores import CORES_FILE
 from adapter.database import migrate, open_database
 from adapter.facts import STARTING, Facts
 from adapter.settings import Settings
@@ -140,7 +141,7 @@ class Supervisor:
                 item.log_file.close()
         if not self._settings.redis_url:
             remove_socket(self._settings)
-        for name in (ROLES_FILE, "engine.sock"):
+        for name in (ROLES_FILE, CORES_FILE, "engine.sock"):
             (self._settings.run_dir / name).unlink(missing_ok=True)
         self._release_lock()
 
