@@ -23,10 +23,11 @@ def bind(host: str, port: int, *, setting: str) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         bound.close()
+        where, why = f"[{host}]" if ":" in host else host, getattr(error, "strerror", None) or error
         raise SettingsError(
-            f"{setting} = {port}: {host}:{port} cannot be used: {error.strerror}; choose another with "
+            f"{setting} = {port}: {where}:{port} cannot be used: {why}; choose another with "
             f"--{setting.replace('_', '-')}, or 0 for any free one"
         ) from None
     return bound

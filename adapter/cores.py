@@ -10,24 +10,48 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import structlog
+
+log = structlog.get_logger(__name__)
+
 CORES_FILE = "training.cores"
+_TRIES = 20
+_PAUSE_S = 0.01
 
 
 @contextlib.contextmanager
 def taking(run_dir: Path, threads: int) -> Iterator[None]:
     """Say that this process computes with so many threads, as long as the context lasts."""
-    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = run_dir / CORES_FILE
-    with path.open("a+") as file:
-        with contextlib.suppress(OSError):  # another training says the same already
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            file.write(str(threads))
-            file.flush()
+    file = _announce(run_dir / CORES_FILE, threads)
+    try:
         yield
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def _announce(path: Path, threads: int) -> int | None:
+    """Return the locked file; None where it cannot be had, since training matters more than saying so."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        log.warning("cores_not_announced", path=str(path), error=str(error))
+        return None
+    for _ in range(_TRIES):  # whoever looks holds the lock for a moment, too
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(file, 0)
+            os.pwrite(file, str(threads).encode(), 0)
+            return file
+        time.sleep(_PAUSE_S)
+    log.info("cores_not_announced", path=str(path), error="another training holds the file")
+    os.close(file)
+    return None
 
 
 def taken(run_dir: Path) -> int:

@@ -277,6 +277,8 @@ class HotSwap(Follower[Any]):
         forbid(self._registry, version, str(error), quiet=again)
 
     def _run(self) -> None:
+        # A second pool of OpenMP threads would count as more threads than cores, and then nobody spins any more.
+        torch.set_num_threads(1)
         while not self._stop.is_set():
             self._wake.wait(self._poll_s)
             self._wake.clear()

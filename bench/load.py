@@ -119,7 +119,9 @@ def counted(url: str) -> dict[str, int]:
         families = {family.name: family for family in text_string_to_metric_families(response.read().decode())}
     totals = {}
     for name, metric in _COUNTERS.items():
-        samples = families[metric].samples if metric in families else []
+        if metric not in families:
+            raise DraftsmithError(f"the server at {url} has no counter {metric}")
+        samples = families[metric].samples
         totals[name] = int(sum(sample.value for sample in samples if sample.name == f"{metric}_total"))
     return totals
 
@@ -137,6 +139,7 @@ def _guidellm(options: Options, endpoint: str, url: str, tokenizer: str, folder:
             "--output", f"kind=json,path={out}", "--disable-console",
         ],
         env=env | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
+        timeout=_PATIENCE_S * 4,
     )  # fmt: skip
     if done.returncode or not out.exists():
         raise DraftsmithError(f"guidellm ended with status {done.returncode}: {done.stderr.strip()[-500:]}")

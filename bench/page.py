@@ -67,9 +67,7 @@ def page(
 
 def _promises(result: dict[str, Any]) -> str:
     runs = "\n".join(f"{_where(run)}\n" for run in result["runs"])
-    several = (
-        "Of a group measured in more than one of these runs, the figures are those of the run that repeated it most."
-    )
+    several = "Of a group that several runs measured, the figures are those of the one with most arms, then repeats."
     lines = ["## What is promised, and what was measured", runs, *([f"{several}\n"] if len(result["runs"]) > 1 else []),
              "| ratio | promised | measured [range over repeats] | row |", "|---|---|---|---|"]  # fmt: skip
     for name, (words, least) in _PROMISES.items():

@@ -1,6 +1,6 @@
 """What the measuring programs share on the command line: arguments, quiet libraries, the file of the result.
 
-Knows nothing of what is measured.  Used by `bench.engine` and `bench.record`.
+Knows nothing of what is measured.  Used by `bench.engine`, `bench.record` and `bench.load`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several kept results of `bench.engine` as one: where a group was measured more than once, the longest.
+"""Several kept results of `bench.engine` as one: of a group measured more than once, the fullest, then the longest.
 
 A group is what its arms are compared in: width, workload, batch, temperature and coupling.  It is taken whole
 from one run, so that no two arms of a row were measured on different days.  Used by `bench.plot` and docs/generate.py.
@@ -7,6 +7,7 @@ from one run, so that no two arms of a row were measured on different days.  Use
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ def kept(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return {"runs", "rows", "ratios"}: each group from the run that repeated it most, the last one of equals."""
-    best: dict[tuple[Any, ...], tuple[int, int]] = {}
+    """Return {"runs", "rows", "ratios"}: each group from the run with most arms in it, then most repeats."""
+    best: dict[tuple[Any, ...], tuple[int, int, int]] = {}
     for number, run in enumerate(runs):
+        arms = Counter(map(_group, run["rows"]))
         for row in run["rows"]:
-            best[_group(row)] = max(best.get(_group(row), (0, 0)), (row["repeats"], number))
+            group = _group(row)
+            best[group] = max(best.get(group, (0, 0, 0)), (arms[group], row["repeats"], number))
 
     def of_best(items: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-        return [item for item in items if best[_group(item)][1] == number]
+        return [item for item in items if best[_group(item)][2] == number]
 
     ratios: dict[str, list[dict[str, Any]]] = {}
     for number, run in enumerate(runs):

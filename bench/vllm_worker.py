@@ -54,7 +54,7 @@ def window(engine: Any, job: dict[str, Any], run: int) -> dict[str, Any]:
         begin = step()
     before = sum(counts.values())
     now, steps = begin, 0
-    while sum(counts.values()) - before < tokens * len(names):
+    while sum(counts.values()) - before < tokens * len(names) and engine.has_unfinished_requests():
         now, steps = step(), steps + 1
     gained = sum(counts.values()) - before
     engine.abort_request(names)

@@ -93,7 +93,7 @@ def _print_costs(costs: dict[str, Any]) -> None:
 def _print_beliefs(beliefs: dict[str, Any]) -> None:
     table = Table("segment", "draft", "acceptance", "tokens it rests on", box=None, header_style="bold")
     for kind in beliefs["kinds"]:
-        match = f"{kind['proposer']}, {kind['match_tokens']} tokens match"
+        match = f"{kind['proposer']}, {kind.get('match_tokens', '?')} tokens match"
         name = f"version {kind['version']}" if kind["proposer"] == "draft" else match
         table.add_row(escape(kind["segment"]), name, f"{kind['acceptance']:.3f}", f"{kind['examined']:.0f}")
     console.print(table if beliefs["kinds"] else "nothing was drafted yet", highlight=False)

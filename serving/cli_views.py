@@ -26,7 +26,7 @@ from adapter.streams import BROKEN, connect
 from serving.cli_common import open_deployment
 from serving.roles import roles_for
 from serving.status import collect_status
-from serving.supervisor import Supervisor
+from serving.supervisor import Supervisor, check_free
 
 log = structlog.get_logger(__name__)
 console = Console()
@@ -54,6 +54,11 @@ def supervise(settings: Settings, names: list[str]) -> None:
 
 def _look_around(settings: Settings, with_dashboard: bool) -> None:
     """Find out now what the roles would find out one by one."""
+    check_free(settings)
+    if with_dashboard and settings.port and settings.port == settings.dashboard_port:
+        raise SettingsError(
+            f"port and dashboard_port are both {settings.port}; choose another with --port or --dashboard-port"
+        )
     if settings.redis_url:
         _ask_redis(settings.redis, settings.log.timeout_s)
     bind(settings.host, settings.port, setting="port").close()
@@ -64,11 +69,14 @@ def _look_around(settings: Settings, with_dashboard: bool) -> None:
 def _ask_redis(url: str, timeout_s: float) -> None:
     try:
         client = connect(url, timeout_s)
-    except ValueError as error:  # the URL itself stays unsaid: it may hold a password
-        raise SettingsError(f"REDIS_URL cannot be read: {error}") from None
+    except ValueError:  # neither the URL nor what is wrong with it is said: both may show a password
+        raise SettingsError(
+            "REDIS_URL cannot be read; expected redis://, rediss:// or unix://, with special characters of a password "
+            "percent-encoded"
+        ) from None
     try:
         client.ping()
-    except BROKEN as error:  # it may come later, and answers never wait for it
+    except (*BROKEN, UnicodeError) as error:  # it may come later, and answers never wait for it
         log.warning("redis_away", error=str(error), until_it_comes="nothing is logged, so nothing is learned")
     finally:
         client.close()

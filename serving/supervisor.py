@@ -26,7 +26,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from adapter.contracts import DraftsmithError
-from adapter.cores import CORES_FILE
+from adapter.cores import CORES_FILE, taken
 from adapter.database import migrate, open_database
 from adapter.facts import STARTING, Facts
 from adapter.settings import Settings
@@ -141,7 +141,8 @@ class Supervisor:
                 item.log_file.close()
         if not self._settings.redis_url:
             remove_socket(self._settings)
-        for name in (ROLES_FILE, CORES_FILE, "engine.sock"):
+        gone = [ROLES_FILE, "engine.sock"] + ([] if taken(self._settings.run_dir) else [CORES_FILE])
+        for name in gone:
             (self._settings.run_dir / name).unlink(missing_ok=True)
         self._release_lock()
 
@@ -233,12 +234,9 @@ class Supervisor:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            handle.seek(0)
-            holder = handle.read().strip() or "unknown"
+            reason = _in_use(self._settings, handle)
             handle.close()
-            raise DataDirInUse(
-                f"{self._settings.data_dir} is in use by pid {holder}; stop it, or choose another --data-dir"
-            ) from None
+            raise reason from None
         if not path.exists() or os.fstat(handle.fileno()).st_ino != path.stat().st_ino:
             handle.close()  # its holder removed this file between our opening and our locking it
             self._take_lock()
@@ -257,6 +255,25 @@ class Supervisor:
         self._lock = None
         if not any(self._settings.run_dir.iterdir()):
             shutil.rmtree(self._settings.run_dir, ignore_errors=True)
+
+
+def check_free(settings: Settings) -> None:
+    """Look whether another supervisor has the data folder, and leave everything as it is.
+
+    Raises:
+        DataDirInUse: it has.
+    """
+    with contextlib.suppress(FileNotFoundError), (settings.run_dir / LOCK_FILE).open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            raise _in_use(settings, handle) from None
+
+
+def _in_use(settings: Settings, handle: IO[str]) -> DataDirInUse:
+    handle.seek(0)
+    holder = handle.read().strip() or "unknown"
+    return DataDirInUse(f"{settings.data_dir} is in use by pid {holder}; stop it, or choose another --data-dir")
 
 
 def _die_with_parent() -> None:

@@ -458,3 +458,20 @@ def test_the_thread_follows_by_itself(deployment, wait_for):
     deployment.rig.engine.step()
     assert deployment.rig.engine.version == version
     deployment.swapper.stop()
+
+
+def test_the_thread_computes_alone(deployment, wait_for):
+    """Merging opens no second pool of threads: with more of them than cores nobody spins at barriers any more."""
+    swapper, seen, before = deployment.swapper, [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        swapper._check = lambda model: seen.append(torch.get_num_threads())
+        swapper._stop.clear()
+        swapper.start()
+        deployment.promote(deployment.publish())
+        swapper.wake()
+        wait_for(lambda: swapper._prepared() is not None)
+        swapper.stop()
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)

@@ -110,6 +110,7 @@ def test_the_promised_ratios_are_given(result: dict[str, Any]) -> None:
     assert found == {
         "adaptive_vs_best": set(), "adaptive_vs_none": set(), "none_vs_hf_generate": {(1, 1), (1, 2), (2, 1), (2, 2)},
         "fixed3_vs_hf_assisted": {(1, 1), (2, 1)}, "prefix_cache": {(1, 2)},
+        "adaptive_vs_vllm": set(), "none_vs_vllm": set(),
     }  # fmt: skip
     for items in result["ratios"].values():
         assert all(item["low"] <= item["ratio"] <= item["high"] for item in items)

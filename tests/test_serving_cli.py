@@ -280,14 +280,27 @@ def test_up_looks_around_before_it_starts(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_redis_url_that_is_none_is_refused_without_its_password(tmp_path):
+@pytest.mark.parametrize("url", ["http://:hunter2@cache", "redis://:hunter2/x@cache"])
+def test_a_redis_url_that_is_none_is_refused_without_its_password(tmp_path, url):
     """It ends `up` in one line that does not repeat the URL."""
-    env = environment() | {"REDIS_URL": "http://:hunter2@cache"}
+    env = environment() | {"REDIS_URL": url}
     done = process("up", "--data-dir", tmp_path / "data", env=env)
     assert done.returncode == 2
     assert "REDIS_URL cannot be read" in done.stderr
     assert "hunter2" not in done.stdout + done.stderr
     assert not (tmp_path / "data").exists()
+
+
+def test_one_port_for_both_and_a_host_that_is_none_are_refused(tmp_path):
+    """The API and the dashboard need a port each; an impossible host is a sentence, too."""
+    for arguments, words in (
+        (("--port", "8080", "--dashboard-port", "8080"), "port and dashboard_port are both 8080"),
+        (("--port", "0", "--host", "a..b"), "a..b:0 cannot be used"),
+    ):
+        done = process("up", *arguments, "--data-dir", tmp_path / "data", env=environment())
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert not (tmp_path / "data").exists()
 
 
 def test_status_says_when_the_api_cannot_serve(run, data):

@@ -23,7 +23,7 @@ from adapter.database import migrate, open_database
 from adapter.facts import PAIR, STARTING, Facts
 from adapter.pairs import loaded_pair, pair_from_facts
 from adapter.settings import Settings
-from serving.roles import LOCK_FILE, ROLES_FILE, Role, read_roles
+from serving.roles import LOCK_FILE, ROLES_FILE, Role, read_roles, roles_for
 from serving.supervisor import DataDirInUse, RoleCannotStart, Supervisor
 
 FOREVER = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(0)); time.sleep(600)"
@@ -339,3 +339,13 @@ def test_models_that_cannot_be_used_are_refused(up, tmp_path, flags, words):
     )
     assert done.returncode == 2
     assert words in done.stderr, json.dumps(done.stderr)
+
+
+def test_decoding_threads_spin_and_a_trainers_sleep(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the worker is told to let threads sleep at barriers; a policy of one's own reaches every role."""
+    names = ["engine", "api", "worker", "watcher"]
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    told = {role.name: role.env.get("OMP_WAIT_POLICY") for role in roles_for(settings, names)}
+    assert told == {"engine": None, "api": None, "worker": "PASSIVE", "watcher": None}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert {role.env["OMP_WAIT_POLICY"] for role in roles_for(settings, names)} == {"ACTIVE"}

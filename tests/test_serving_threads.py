@@ -20,7 +20,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("cores", "threads", "left"), [(2, 1, 1), (3, 1, 2), (2, 4, 1), (16, 1, 2)])
+@pytest.mark.parametrize(("cores", "threads", "left"), [(2, 1, 1), (3, 1, 2), (2, 4, 1), (16, 1, 2), (1, 1, 1)])
 def test_a_training_gets_its_cores_and_gives_them_back(tmp_path: Path, cores: int, threads: int, left: int) -> None:
     """The engine keeps at least one thread, never takes more than it was given, and looks twice a second."""
     now = 0.0

@@ -71,11 +71,17 @@ class Message(Strict):
         """Remove nulls and empty lists, which clients send back with an earlier answer."""
         if not isinstance(data, dict):
             return data
-        parts = data.get("content")
+        return {name: value for name, value in data.items() if value is not None and value != []}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_are_text(cls, data: object) -> object:
+        """Refuse images and sound in one sentence, before each form that content may have complains."""
+        parts = data.get("content") if isinstance(data, dict) else None
         for index, part in enumerate(parts if isinstance(parts, list) else ()):
             if isinstance(part, dict) and part.get("type") != "text":
                 raise FieldError(f"content.{index}.type", f"only 'text' parts are served, got {part.get('type')!r:.80}")
-        return {name: value for name, value in data.items() if value is not None and value != []}
+        return data
 
     @model_validator(mode="after")
     def _roles_have_their_fields(self) -> Message:

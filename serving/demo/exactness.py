@@ -138,7 +138,7 @@ async def ask_reference(
         ],
     }
     pipe = asyncio.subprocess.PIPE
-    env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # as in serving.roles: spinning threads starve their peers
+    env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # beside a running service, whose threads spin
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "serving.demo.reference", stdin=pipe, stdout=pipe, stderr=pipe, env=env
     )

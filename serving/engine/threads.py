@@ -43,7 +43,8 @@ class Threads:
         if now - self._looked_s < _EVERY_S:
             return
         self._looked_s = now
-        wanted = max(1, min(self._most, self._cores - taken(self._run_dir)))
+        used = taken(self._run_dir)
+        wanted = max(1, min(self._most, self._cores - used)) if used else self._most
         if wanted != torch.get_num_threads():
             torch.set_num_threads(wanted)
             log.info("threads_changed", threads=wanted, of=self._most)

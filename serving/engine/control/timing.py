@@ -100,6 +100,7 @@ def machine_facts() -> dict[str, object]:
     """Return what makes one machine time differently from another."""
     return {
         "cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "waiting": os.environ.get("OMP_WAIT_POLICY"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }  # fmt: skip
 
