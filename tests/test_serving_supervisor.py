@@ -193,7 +193,7 @@ def test_a_log_is_bounded(settings, wait_for, monkeypatch):
         first = old.stat().st_mtime_ns
         wait_for(lambda: old.stat().st_mtime_ns != first)
         assert {path.name for path in settings.logs_dir.iterdir()} == {"worker.log", "worker.log.1"}
-    assert log.read_bytes()[:1] == b"x"  # no hole where the old lines were
+    assert set(log.read_bytes()) <= set(b"x\n")  # no hole where the old lines were; it may just have begun anew
 
 
 def test_roles_die_with_a_killed_supervisor(settings, wait_for, tmp_path):
