@@ -196,7 +196,7 @@ def _load(result: dict[str, Any] | None) -> str:
 
 def _where(result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
-    asleep = " Its threads slept at barriers, which `draftsmith up` no longer asks for: all arms are faster now."
+    asleep = " Its threads slept at barriers, which `draftsmith up` no longer asks for; nothing was measured anew yet."
     waiting = asleep if result["command"].startswith("OMP_WAIT_POLICY=PASSIVE") else ""
     vllm = f"vLLM {versions['vllm']}, " if "vllm" in versions else ""
     reduced = [f"{name}: {phase['reduced']}" for name, phase in result.get("phases", {}).items() if "reduced" in phase]
