@@ -18,7 +18,7 @@ from bench.driver import Window
 
 ENGINE_ARMS = ("none", "fixed-1", "fixed-3", "fixed-5", "adaptive")
 FIXED = ("fixed-1", "fixed-3", "fixed-5")
-VLLM = ("vllm", "vllm-ngram")
+VLLM = ("vllm", "vllm-ngram")  # plain, and with its own speculation
 _CLOSE = 0.85  # of the best arm's speed, that an arm needs to count as a rival for the best
 RATIOS = (
     "adaptive_vs_best", "adaptive_vs_none", "none_vs_hf_generate", "fixed3_vs_hf_assisted", "prefix_cache",

@@ -17,11 +17,12 @@ from typing import Any
 from adapter.contracts import SettingsError
 from adapter.pairs import Pair
 from bench.driver import Load, Window
+from bench.rows import VLLM
 from bench.served import merge
 
 ARMS: dict[str, dict[str, Any] | None] = {
-    "vllm": None,
-    "vllm-ngram": {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2},
+    VLLM[0]: None,
+    VLLM[1]: {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2},
 }  # fmt: skip
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 

@@ -38,6 +38,7 @@ def supervise(settings: Settings, names: list[str]) -> None:
 
     Raises:
         SettingsError: a port cannot be had or REDIS_URL is none; nothing was started and no folder made.
+        DataDirInUse: another supervisor has the data folder.
     """
     configure_logging()
     _look_around(settings, with_dashboard="watcher" in names)
