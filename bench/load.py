@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from adapter.addresses import bind
 from adapter.contracts import DraftsmithError, SettingsError
 from adapter.models import prepare_pair
-from adapter.settings import child_environment, load_settings
+from adapter.settings import ApiSettings, child_environment, load_settings
 from bench.environment import environment
 from bench.options import PairOptions
 from bench.program import parser, run, say
@@ -78,6 +78,8 @@ def _service(options: Options, folder: Path) -> Iterator[tuple[str, str, str]]:
         data_dir=folder / "data", port=port, target=options.target, draft=options.draft, dtype=options.dtype,
         cache_dir=options.cache_dir,
     )  # fmt: skip
+    own = {"api": ApiSettings(), "redis_url": None, "database_url": None}  # not those of a deployment around here
+    settings = settings.model_copy(update=own)
     pair = prepare_pair(settings)
     url = f"http://127.0.0.1:{port}"
     with (folder / "serve.log").open("w+b") as log:

@@ -33,7 +33,8 @@ _INTRO = """
 Speed is that of all requests together, in tokens a second, while the whole batch decodes; prompts are read before
 the clock starts, except in the set with shared passages, where reading is the point. A row is the median over
 repeats; ± is half the range over repeats. Arms follow each other in every repeat, and ratios are taken repeat by
-repeat, so that a slow minute of the machine hits both sides. Measure on an idle machine.
+repeat, so that a slow minute of the machine hits both sides. Where the rival is the best of several arms, each repeat's
+is the one that was fastest in the other repeats: luck must not choose it. Measure on an idle machine.
 
 `high` copies and lists, `low` is free prose, `mixed` deals both in turn. `none` is no speculation, `fixed-3` three
 drafted tokens of the draft model a round, `adaptive` what the server does by itself, matches in a request's own text
@@ -80,6 +81,8 @@ def _promises(result: dict[str, Any]) -> str:
         lines.append(f"| {words} | {promised} | {item['ratio']:.2f} {_range(item)} | {about} |")
         if name in ("adaptive_vs_best", "adaptive_vs_vllm"):
             lines += _means(result["ratios"][name])
+        if name == "adaptive_vs_best" and least is not None:
+            lines.append(_below(result["ratios"][name], least))
     return "\n".join(lines) + "\n"
 
 
@@ -92,6 +95,14 @@ def _means(ratios: list[dict[str, Any]]) -> list[str]:
         shown = f"{mean:.2f}, rows from {min(values):.2f} to {max(values):.2f}"
         lines.append(f"| the same, geometric mean of the rows of `{workload}` | | {shown} | {len(values)} rows |")
     return lines
+
+
+def _below(ratios: list[dict[str, Any]], least: float) -> str:
+    """A row of the promises' table with those that are too low whatever the repeat: too many to be chance."""
+    repeated = [item for item in ratios if item["repeats"] > 1]
+    low = [item for item in repeated if item["high"] < least]
+    about = "; ".join(f"`{item['workload']}`, batch {item['batch']}, widened {item['widen']}x" for item in low)
+    return f"| rows below {least:g} in every repeat | 0 | {len(low)} of {len(repeated)} | {about} |"
 
 
 def _worst(name: str, ratios: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:

@@ -93,8 +93,8 @@ def contenders(rows: list[Row]) -> set[Key]:
 def ratios(rows: Iterable[Row]) -> dict[str, list[dict[str, Any]]]:
     """Return what the rows promise, as ratios of speeds; a ratio whose rows are missing is left out.
 
-    `adaptive_vs_best` is against the faster, by its median, of no speculation and the fixed lengths, and
-    `adaptive_vs_vllm` against the faster of vLLM's arms.
+    `adaptive_vs_best` is against the fastest of no speculation and the fixed lengths, and `adaptive_vs_vllm`
+    against the faster of vLLM's arms; see `_against_best`.
     """
     table = {row.key: row for row in rows if row.windows}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in RATIOS}
@@ -108,7 +108,7 @@ def ratios(rows: Iterable[Row]) -> dict[str, list[dict[str, Any]]]:
             for name, rivals in (("adaptive_vs_best", ("none", *FIXED)), ("adaptive_vs_vllm", VLLM)):
                 others = [table[other] for arm in rivals if (other := _like(key, arm=arm)) in table]
                 if others:
-                    found[name].append(_ratio(row, max(others, key=lambda other: statistics.median(other.speeds))))
+                    found[name].append(_against_best(row, others))
             if (plain := table.get(_like(key, arm="none"))) is not None:
                 found["adaptive_vs_none"].append(_ratio(row, plain))
         if key.arm == "none" and (one := table.get(_like(key, arm="vllm"))) is not None:
@@ -125,9 +125,29 @@ def _like(key: Key, **changes: Any) -> Key:
     return Key(**(asdict(key) | changes))
 
 
+def _against_best(row: Row, others: list[Row]) -> dict[str, Any]:
+    """Compare a row with the fastest of others, by their medians.
+
+    In every repeat the rival is the one that was fastest in the other repeats: were it chosen by its own
+    repeat too, luck would choose it, and a row that equals the best would come out below it.
+    """
+    best = max(others, key=lambda other: statistics.median(other.speeds))
+    if len(best.speeds) == 1:
+        return _ratio(row, best)
+    pairs = []
+    for repeat, mine in enumerate(row.speeds[: len(best.speeds)]):
+        there = [other.speeds for other in others if len(other.speeds) >= len(best.speeds)]
+        rival = max(there, key=lambda speeds: statistics.median(speeds[:repeat] + speeds[repeat + 1 :]))
+        pairs.append(mine / rival[repeat])
+    return _compared(row, best, pairs)
+
+
 def _ratio(row: Row, other: Row) -> dict[str, Any]:
     """Compare two rows repeat by repeat."""
-    pairs = [mine / theirs for mine, theirs in zip(row.speeds, other.speeds, strict=False)]
+    return _compared(row, other, [mine / theirs for mine, theirs in zip(row.speeds, other.speeds, strict=False)])
+
+
+def _compared(row: Row, other: Row, pairs: list[float]) -> dict[str, Any]:
     about = asdict(row.key)
     against = other.key.arm if row.key.arm != other.key.arm else "prefix cache off"
     return {name: about[name] for name in ("widen", "batch", "workload", "arm", "temperature", "coupling")} | {

@@ -14,6 +14,7 @@ from distill_tiny import make_blocks, make_pair
 
 from adapter import artifacts, keys
 from adapter.contracts import RegistryError, to_wire
+from adapter.cores import taken
 from adapter.facts import PAIR, Facts
 from adapter.jobs import Jobs
 from adapter.models import load_draft
@@ -205,7 +206,7 @@ def test_redis_down_trains_from_disk(settings, database, pair, job, valkey):
 
 
 def test_the_process_leaves_when_its_parent_does(settings, database, job):
-    """Stdin at its end means the worker is gone: the trainer exits although its training is not over."""
+    """Stdin at its end means the worker is gone: the trainer exits in mid-training and frees its cores."""
     slow = settings.model_copy(update={"distill": changed(FAST, epochs=2_000.0)})
     with subprocess.Popen(
         [sys.executable, "-m", "distill.trainer", "--job", job.id, "--epoch", str(job.epoch)],
@@ -213,8 +214,10 @@ def test_the_process_leaves_when_its_parent_does(settings, database, job):
     ) as process:  # fmt: skip
         try:
             assert "step" in json.loads(process.stdout.readline())
+            assert taken(slow.run_dir) == slow.distill.threads  # the engine leaves these cores alone
             process.stdin.close()
             assert process.wait(20) == 1
+            assert taken(slow.run_dir) == 0
         finally:
             process.kill()
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import zmq
 from engine_rig import Rig, build_rig, prompts, request
 
 from adapter.contracts import Grammar, Sampling
+from adapter.cores import taking
 from adapter.database import migrate, open_database
 from adapter.facts import Facts
 from serving import ipc
+from serving.engine.engine import Delivery
 from serving.engine.server import EngineServer
+from serving.engine.threads import Threads
 
 
 class Clock:
@@ -34,8 +40,9 @@ class Wire:
         database = open_database(f"sqlite:///{folder / 'facts.db'}")
         migrate(database)
         self.server = EngineServer(
-            rig.built, folder, max_waiting=4, max_model_len=192, facts=Facts(database), clock=self.clock
-        )
+            replace(rig.built, threads=Threads(folder, clock=self.clock)), folder, max_waiting=4, max_model_len=192,
+            facts=Facts(database), clock=self.clock,
+        )  # fmt: skip
         self.context = zmq.Context()
         self.api = self.context.socket(zmq.DEALER)
         self.api.connect(ipc.engine_endpoint(folder))
@@ -151,3 +158,30 @@ def test_a_process_that_reads_nothing_loses_its_request_only(wire, monkeypatch):
         wire.server._send(peer, message)
     assert set(wire.rig.engine._requests) == {"other"}
     assert wire.rig.engine.stats.undelivered == 1
+
+
+def test_the_loop_leaves_a_training_its_cores(folder, tmp_path, monkeypatch):
+    """The thread that decodes computes with fewer threads while a training says what it uses, and no longer."""
+    before = torch.get_num_threads()
+    rig = build_rig(folder, tmp_path / "data")
+    torch.set_num_threads(2)
+    wire = Wire(rig, tmp_path)
+    seen = []
+
+    def step() -> list[Delivery]:
+        seen.append(torch.get_num_threads())
+        wire.clock.now += 1.0
+        if len(seen) == 2:
+            training.close()
+        if len(seen) == 3:
+            wire.server.stop()
+        return []
+
+    monkeypatch.setattr(rig.engine, "step", step)
+    with ExitStack() as training:
+        training.enter_context(taking(tmp_path, 1000))
+        wire.server.run()
+    assert seen == [1, 1, 2]
+    torch.set_num_threads(before)
+    wire.close()
+    rig.built.publisher.close()

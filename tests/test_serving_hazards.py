@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import pytest
 import torch
+from control_simulator import controller, gpu_table
 from engine_rig import MIXED, Changing, Rig, build_rig, counts_of, plain, plain_each, prompts, request, requests_for
 from tiny_pair import pair_settings
 from transformers import LlamaForCausalLM
@@ -91,6 +94,56 @@ def test_serving_a_broken_target_publishes_nothing(rig, ids):
     assert {item.finish_reason for item in items} == {"error"}
     assert not rig.log.blocks
     assert not rig.engine.scheduler.pool.num_cached
+
+
+@pytest.mark.parametrize("rig", [{"prefill_tokens": 16}], indirect=True)
+def test_serving_a2_a_broken_prompt_that_nobody_judged_is_emptied(rig, model):
+    """A prompt broken in its first part and cancelled before its last leaves neither NaN nor a cached block."""
+    pool = rig.engine.target.pool
+    item = request("long", prompts(model.config.vocab_size, (100,), 4)[0], N)
+    rig.engine.submit(item)
+    for _ in range(3):
+        rig.engine.step()
+    assert rig.engine.scheduler.pool.num_cached
+    pool.token_values[0][item.block_table[0] * 8 + 3] = float("nan")
+    rig.engine.step()
+    assert item.num_generated == 0 < item.num_target_kv < 99
+    rig.engine.end("long", "cancelled")
+    assert all(bool(tensor.isfinite().all()) for tensor in (*pool.keys, *pool.values))
+    assert not rig.engine.scheduler.pool.num_cached
+
+
+def test_serving_a4_nothing_remembers_a_request_that_ended(rig, ids):
+    """After requests ended, or were cancelled waiting, reading and decoding, no part of the engine holds their name."""
+    rig.engine.controller = controller(gpu_table(), seed=1)
+    items = [item for turn in range(4) for item in requests_for(ids, SEEDED, N, prefix=f"leak-{turn}-")]
+    for item in items:
+        rig.engine.submit(item)
+    for step in range(12):
+        rig.engine.step()
+        assert "leak-" in "".join(_names_within(rig.built)), "the test would not notice"
+        for item in (items[step], items[-1 - step]):
+            rig.engine.end(item.request_id, "cancelled")
+    rig.run([])
+    rig.log.blocks.clear()
+    rig.log.outcomes.clear()
+    del items, item
+    rig.run([request("after", ids[0], 2)])
+    assert not [name for name in _names_within(rig.built) if "leak-" in name]
+
+
+def _names_within(root: object) -> Iterator[str]:
+    """Every text that can be reached from an object."""
+    seen, waiting = {id(root)}, [root]
+    while waiting:
+        for found in gc.get_referents(waiting.pop()):
+            if id(found) in seen or isinstance(found, (ModuleType, type, FunctionType)):
+                continue
+            seen.add(id(found))
+            if isinstance(found, str):
+                yield found
+            else:
+                waiting.append(found)
 
 
 @pytest.mark.parametrize("rig", [{"prefill_tokens": 16}], indirect=True)

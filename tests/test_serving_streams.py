@@ -18,7 +18,7 @@ from bench.load import counted
 STREAMS = 200
 N = 24
 MODEL = "tiny-target"
-_GROWTH = 24 << 20  # bytes; 200 leaked streams of 24 tokens, with their tables and records, would be more
+_GROWTH = 24 << 20  # bytes: 60 kB a stream, as kept sockets and buffers are; test_serving_hazards finds smaller things
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,7 @@ from serving.engine.recorder import Recorder
 from serving.engine.runner import Forwards, ModelRunner, Work
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence
+from serving.engine.threads import Threads
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +57,7 @@ class Built:
     publisher: StreamPublisher
     hotswap: HotSwap | None
     grammars: Grammars
+    threads: Threads
 
 
 def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
@@ -66,8 +68,7 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
         RegistryError: the data folder belongs to another pair.
     """
     attention.register()
-    if settings.engine.threads:
-        torch.set_num_threads(settings.engine.threads)
+    threads = _threads(settings)
     registry = Registry(database)
     registry.install_base(
         target_fingerprint=pair.target_fingerprint, base_fingerprint=pair.base_fingerprint, actor=ACTOR
@@ -116,7 +117,16 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
         engine.proposers.use(hotswap.model, hotswap.version)
     _say_served(Facts(database), pair)
     grammars = Grammars(Path(pair.target_path) / "tokenizer.json", target.config.vocab_size)
-    return Built(engine, publisher, hotswap, grammars)
+    return Built(engine, publisher, hotswap, grammars, threads)
+
+
+def _threads(settings: Settings) -> Threads:
+    """Compute with what the settings say from here on, less what a training uses: its cores must not be timed."""
+    if settings.engine.threads:
+        torch.set_num_threads(settings.engine.threads)
+    threads = Threads(settings.run_dir)
+    threads.follow()
+    return threads
 
 
 def _publisher(settings: Settings) -> StreamPublisher:

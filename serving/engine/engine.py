@@ -144,7 +144,7 @@ class Engine:
         return self.proposers.propose(ready, choices)
 
     def _run_target(self, plans: list[Plan], proposals: list[Proposal]) -> TargetOutput:
-        """Bring the target's cache up to date and get its logits at every drafted position."""
+        """Bring the target's cache up to date and get its logits at every drafted position of the ready requests."""
         drafts = iter(proposals)
         work = []
         for plan in plans:
@@ -152,11 +152,28 @@ class Engine:
             start = request.num_target_kv
             tokens = request.tokens[start : start + plan.num_new]
             drafted = next(drafts).tokens if plan.ready else []
-            work.append(Work(request.block_table, start, tokens + drafted, len(drafted) + 1 if plan.ready else 0))
+            work.append(Work(request.block_table, start, tokens + drafted, len(drafted) + 1))
             request.num_target_kv = start + plan.num_new
             if request.started_s is None:
                 request.started_s = self._clock()
-        return self.target.run(work, hidden=self.proposers.want_hidden_states)
+        output = self.target.run(work, hidden=self.proposers.want_hidden_states)
+        return output if all(plan.ready for plan in plans) else self._without_prompts(plans, work, output)
+
+    def _without_prompts(self, plans: list[Plan], work: list[Work], output: TargetOutput) -> TargetOutput:
+        """Keep the rows of ready requests; spoil the cache of a prompt that is broken before anybody judges it.
+
+        The last row of a part has read all positions up to it, so it is broken if one of them is.
+        """
+        kept: list[int] = []
+        row = 0
+        for plan, item in zip(plans, work, strict=True):
+            if plan.ready:
+                kept.extend(range(row, row + item.num_logits))
+            elif not bool(torch.isfinite(output.logits[row].amax())):
+                self.scheduler.spoil(plan.sequence)
+            row += item.num_logits
+        hidden = None if output.hidden is None else output.hidden[kept]
+        return TargetOutput(output.logits[kept], hidden)
 
     def _judge(
         self, logits: torch.Tensor, ready: list[Sequence], proposals: list[Proposal]

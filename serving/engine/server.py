@@ -23,7 +23,6 @@ from serving.engine.build import Built
 from serving.engine.engine import Delivery
 from serving.engine.facts_writer import FactsWriter
 from serving.engine.sequence import Sequence
-from serving.engine.threads import Threads
 from serving.snapshot import Snapshot
 
 log = structlog.get_logger(__name__)
@@ -68,7 +67,6 @@ class EngineServer:
         self._last_version = -1
         self._swaps_written = 0
         self._stopping = False
-        self._threads = Threads(run_dir, clock=clock)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.SNDHWM, 100_000)
@@ -88,7 +86,7 @@ class EngineServer:
             while not self._stopping:
                 self._receive(0 if self.engine.busy or self._arrived else _IDLE_WAIT_MS)
                 self._admit()
-                self._threads.follow()
+                self._built.threads.follow()
                 for delivery in self.engine.step():
                     self._deliver(delivery)
                 self._send_snapshot()

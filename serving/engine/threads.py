@@ -1,7 +1,7 @@
 """How many threads the engine computes with: all it was given, less the cores a training on this machine uses.
 
 OpenMP's number of threads belongs to the thread that asks for it, so the decoding loop itself calls
-`follow`, between two steps.  Called by `serving.engine.server`.
+`follow`: before the pair is timed, and between two steps.  Called by `build` and by `serving.engine.server`.
 """
 
 from __future__ import annotations
