@@ -197,7 +197,10 @@ class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """What one finished request says about the drafts that served it.
 
     Durations are seconds on the engine's monotonic clock; `finished_at_s` is epoch seconds.
-    `plain_rounds` counts rounds that ran without any drafted token.
+    `plain_rounds` counts rounds that ran without any drafted token.  `delivered_tokens` is what the
+    client received, with one exception: the engine does not wait for the API, so a stop string in the
+    last round or just before it may be found after the engine ended the answer by itself and wrote
+    this.  Then the few tokens behind the stop string count too, and `finish_reason` is the engine's.
     """
 
     schema: int

@@ -278,7 +278,9 @@ class HotSwap(Follower[Any]):
 
     def _run(self) -> None:
         # A second pool of OpenMP threads would count as more threads than cores, and then nobody spins any more.
+        # Asking for the number fixes it for this thread; else it would become the loop's with the first computation.
         torch.set_num_threads(1)
+        torch.get_num_threads()
         while not self._stop.is_set():
             self._wake.wait(self._poll_s)
             self._wake.clear()

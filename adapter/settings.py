@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as EnvironmentUnreadable
 
 from adapter.contracts import SettingsError
+from adapter.streams import check_url
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
 _SOCKET_PATH_LIMIT = 90  # the kernel allows 107 bytes; leave room for the file name
@@ -52,7 +53,7 @@ class EngineSettings(_Section):
         ge=0,
         le=16,
         description="the most a round may draft, whether the adaptive controller or a request asks for it; "
-        "at least `gamma`",
+        "at least `gamma` under the fixed controller",
     )
     coupling: Literal["gumbel", "maximal"] = Field(
         "gumbel", description="gumbel: same text with and without speculation; maximal: same law only"
@@ -272,7 +273,7 @@ def load_settings(**overrides: object) -> Settings:
     if unknown := _unknown_names():
         raise SettingsError("settings that do not exist:\n  " + "\n  ".join(unknown))
     try:
-        return Settings(**given)  # type: ignore[arg-type]
+        settings = Settings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
         lines = [
             f"{'.'.join(str(part) for part in problem['loc'])} = {problem.get('input')!r}: {problem['msg']}"
@@ -284,6 +285,9 @@ def load_settings(**overrides: object) -> Settings:
             f"settings that cannot work:\n  {error}: {error.__cause__}; lists and whole sections are written as JSON, "
             """like DRAFTSMITH_API__KEYS='["first-key", "second-key"]'"""
         ) from None
+    if settings.redis_url:
+        check_url(settings.redis_url)
+    return settings
 
 
 def _unknown_names() -> list[str]:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import redis
 import structlog
@@ -21,7 +22,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from adapter import keys
-from adapter.contracts import Wire, to_wire
+from adapter.contracts import SettingsError, Wire, to_wire
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +37,24 @@ def connect(url: str, timeout_s: float) -> redis.Redis:
     return redis.Redis.from_url(
         url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
     )
+
+
+def check_url(url: str) -> None:
+    """Refuse a URL that `connect`, or its first call, could make nothing of.  Asks no server.
+
+    Raises:
+        SettingsError: with neither the URL nor what is wrong with it, as both may show a password.
+    """
+    try:
+        if "#" in url:  # what follows would be dropped: a password with one in it becomes another host and port
+            raise ValueError
+        (urlsplit(url).hostname or "").encode("idna")
+        connect(url, timeout_s=1.0).connection_pool.make_connection()
+    except Exception:  # an option that does not exist, or of the wrong type, raises whatever it likes
+        raise SettingsError(
+            "REDIS_URL cannot be read; expected redis://, rediss:// or unix://, with special characters of a password "
+            "percent-encoded"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

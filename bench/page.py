@@ -207,15 +207,13 @@ def _load(result: dict[str, Any] | None) -> str:
 
 def _where(result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
-    asleep = " Its threads slept at barriers, which `draftsmith up` no longer asks for; nothing was measured anew yet."
-    waiting = asleep if result["command"].startswith("OMP_WAIT_POLICY=PASSIVE") else ""
     vllm = f"vLLM {versions['vllm']}, " if "vllm" in versions else ""
     reduced = [f"{name}: {phase['reduced']}" for name, phase in result.get("phases", {}).items() if "reduced" in phase]
     return (
         f"`{result['command']}` on {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB, "
         f"{machine.get('gpu') or 'no GPU'}; "
         f"{result['target']}, {result['dtype']}, torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"{vllm}commit {(result['commit'] or 'unknown')[:7]}.{waiting}" + "".join(f" {line}." for line in reduced)
+        f"{vllm}commit {(result['commit'] or 'unknown')[:7]}." + "".join(f" {line}." for line in reduced)
     )
 
 

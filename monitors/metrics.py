@@ -43,7 +43,10 @@ class Metrics:
         self.examined = self._counter("acceptance_examined_tokens", "Drafted tokens that verification looked at", ROLES)
         self.accepted = self._counter("acceptance_accepted_tokens", "Drafted tokens that were kept", ROLES)
         self.plain_requests = self._plain("plain_requests", "Requests for which the draft model drafted nothing")
-        self.delivered = self._plain("delivered_tokens", "Tokens that clients received")
+        self.delivered = self._plain(
+            "delivered_tokens",
+            "Tokens that clients received; a stop string found after the engine ended the answer takes none off",
+        )
         self.outcomes = self._labelled("outcomes", "Outcome entries read", "result", ("ok", "garbage", "duplicate"))
         self.redis_errors = self._plain("watcher_redis_errors", "Failed Redis calls of the watcher")
         self.notifications = self._labelled(

@@ -37,7 +37,7 @@ def supervise(settings: Settings, names: list[str]) -> None:
     """Run roles until Ctrl-C; say so when the service is ready.
 
     Raises:
-        SettingsError: a port cannot be had or REDIS_URL is none; nothing was started and no folder made.
+        SettingsError: a port cannot be had; nothing was started and no folder made.
         DataDirInUse: another supervisor has the data folder.
     """
     configure_logging()
@@ -68,16 +68,10 @@ def _look_around(settings: Settings, with_dashboard: bool) -> None:
 
 
 def _ask_redis(url: str, timeout_s: float) -> None:
-    try:
-        client = connect(url, timeout_s)
-    except ValueError:  # neither the URL nor what is wrong with it is said: both may show a password
-        raise SettingsError(
-            "REDIS_URL cannot be read; expected redis://, rediss:// or unix://, with special characters of a password "
-            "percent-encoded"
-        ) from None
+    client = connect(url, timeout_s)
     try:
         client.ping()
-    except (*BROKEN, UnicodeError) as error:  # it may come later, and answers never wait for it
+    except BROKEN as error:  # it may come later, and answers never wait for it
         log.warning("redis_away", error=str(error), until_it_comes="nothing is logged, so nothing is learned")
     finally:
         client.close()

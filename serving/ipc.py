@@ -2,8 +2,9 @@
 
 The engine binds a ROUTER at `run_dir/engine.sock`; the API process connects a DEALER.  A deployment has one
 API process: a second one that says hello takes the place of the first.  Token ids
-travel, never text.  A snapshot goes out a couple of times a second and doubles as the heartbeat by
-which an API process knows that the engine lives and is still the same one.
+travel, never text.  A snapshot goes out a couple of times a second, between two steps.  The connection is
+kept by a thread of the socket's own: it outlasts the longest step and ends with the engine's process, and
+that is how an API process knows that the engine lives.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from serving.snapshot import Snapshot
 
 SOCKET_NAME = "engine.sock"
 SNAPSHOT_EVERY_S = 0.5
-SILENT_AFTER_S = 10.0  # a step over a very long prompt may take seconds; silence longer than this is death
+SILENT_AFTER_S = 300.0  # a step of a large target beside a training may take a minute; no step takes this long
 
 
 def engine_endpoint(run_dir: Path) -> str:

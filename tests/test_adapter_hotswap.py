@@ -461,13 +461,22 @@ def test_the_thread_follows_by_itself(deployment, wait_for):
 
 
 def test_the_thread_computes_alone(deployment, wait_for):
-    """Merging opens no second pool of threads: with more of them than cores nobody spins at barriers any more."""
+    """Merging opens no second pool of threads, with which nobody would spin at barriers any more.
+
+    Not after the loop gave up threads to a training and took them back, either.
+    """
     swapper, seen, before = deployment.swapper, [], torch.get_num_threads()
     torch.set_num_threads(2)
+    refresh, looked = swapper.refresh, threading.Event()
     try:
         swapper._check = lambda model: seen.append(torch.get_num_threads())
+        swapper.refresh = lambda: (looked.set(), refresh())
         swapper._stop.clear()
         swapper.start()
+        swapper.wake()
+        assert looked.wait(20)
+        torch.set_num_threads(1)
+        torch.set_num_threads(2)
         deployment.promote(deployment.publish())
         swapper.wake()
         wait_for(lambda: swapper._prepared() is not None)

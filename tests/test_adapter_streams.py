@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import redis
 
 from adapter import keys
-from adapter.contracts import SCHEMA_VERSION, RequestOutcome, Sampling, outcome_from_wire
+from adapter.contracts import SCHEMA_VERSION, RequestOutcome, Sampling, SettingsError, outcome_from_wire
+from adapter.settings import load_settings
 from adapter.streams import BROKEN, Entry, StreamPublisher, StreamReader, connect, wait_until_up
 
 WaitFor = Callable[..., None]
@@ -339,6 +341,34 @@ def test_a_client_never_waits_longer_than_told(valkey: Any) -> None:
     with pytest.raises(BROKEN):
         client.ping()
     assert not wait_until_up(client, 0.3)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://:hunter2@cache", "redis://:hunter2/x@cache", "redis://cache:hunter2", "redis://user:6379#hunter2@cache",
+        "redis://:hunter2@ca..che", "redis://:hunter2@cache?socket_timeout=soon", "redis://:hunter2@cache?no_such_option=1",
+    ],
+)  # fmt: skip
+def test_a_url_that_cannot_be_read_is_refused_without_its_password(url: str) -> None:
+    """Scheme, port, host, an unencoded character, options: refused with the settings, and nothing of it is said."""
+    with pytest.raises(SettingsError, match="REDIS_URL cannot be read") as caught:
+        load_settings(redis_url=url)
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://cache:6379/1",
+        "rediss://user:p%23w%2F@[::1]:6380",
+        "unix:///run/v.sock?db=2",
+        "redis://:%C3%A9@c?socket_timeout=5",
+    ],
+)
+def test_a_url_that_can_be_read_is_taken_though_nobody_answers(url: str) -> None:
+    """TCP, TLS, a socket, encoded passwords and options pass, and no server is asked."""
+    assert load_settings(redis_url=url).redis == url
 
 
 def test_a_group_that_cannot_be_made_is_an_error(valkey_client: redis.Redis) -> None:

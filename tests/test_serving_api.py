@@ -96,9 +96,11 @@ def test_a_seed_gives_one_text(service, client, known):
 
 
 def test_without_a_seed_answers_differ(client):
-    """No seed means a fresh one a request."""
+    """No seed means a fresh one a request, and a fresh one for every answer of it, to equal prompts too."""
     said = {client.completions.create(model=MODEL, prompt="the", max_tokens=N).choices[0].text for _ in range(4)}
     assert len(said) > 1
+    listed = client.completions.create(model=MODEL, prompt=["the"] * 4, n=2, max_tokens=N).choices
+    assert len({choice.text for choice in listed}) > 2  # with one seed a place in n there are two at most
 
 
 def test_streams_join_to_the_whole_answer(client, known):
@@ -255,6 +257,17 @@ def test_what_is_not_served_is_refused_by_name(service, field, value):
     """A field that would change the output is never silently ignored."""
     _assert_error(_complete(service, **{field: value}), 400, field, field, "not supported")
     _assert_error(_chat(service, **{field: value}), 400, field, field, "not supported")
+
+
+def test_a_best_of_other_than_n_is_refused_by_name(service):
+    """The best one of three is not three answers; a `best_of` that equals n, or is null, picks nothing."""
+    for more in ({"n": 3, "best_of": 1}, {"n": 3, "best_of": 4}, {"best_of": 2}, {"n": None, "best_of": 2},
+                 {"best_of": True}):  # fmt: skip
+        _assert_error(_complete(service, **more), 400, "best_of", "best_of")
+        _assert_error(_chat(service, **more), 400, "best_of", "best_of")
+    for more in ({"n": 3, "best_of": 3}, {"n": 3, "best_of": None}, {"n": None, "best_of": 1}, {"best_of": 1}):
+        answered = _complete(service, **more)
+        assert len(answered.json()["choices"]) == (more.get("n") or 1)
 
 
 def test_neutral_values_are_accepted(service):

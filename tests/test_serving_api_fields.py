@@ -339,12 +339,15 @@ def test_tokenize_and_detokenize(service, text):
     messages = [{"role": "user", "content": "the"}]
     chat = _post(service, "/tokenize", messages=messages)
     assert (chat["tokens"], chat["token_strs"]) == (text.encode_chat(messages), None)
+    tools = _post(service, "/tokenize", messages=messages, tools=[TOOL])
+    assert tools["tokens"] == text.encode_chat(messages, [TOOL]) != chat["tokens"]
     short = _post(service, "/tokenize", messages=messages, add_generation_prompt=False)
     assert short["tokens"] == text.encode_chat(messages, add_generation_prompt=False) != chat["tokens"]
     for path, body, param in (
         ("/tokenize", {}, "prompt"), ("/tokenize", {"prompt": "a", "messages": messages}, "prompt"),
         ("/tokenize", {"prompt": "a", "model": "x"}, "model"), ("/detokenize", {"tokens": [99999]}, "tokens"),
         ("/tokenize", {"prompt": "a", "truncate": 1}, "truncate"),
+        ("/tokenize", {"messages": messages, "tools": [TOOL] * 129}, "tools"),
     ):  # fmt: skip
         refused = service.post(path, body)
         assert refused.status_code in (400, 404)

@@ -56,7 +56,7 @@ def _idle(service: Processes) -> bool:
 
 @contextmanager
 def _frozen(service: Processes) -> Iterator[None]:
-    """Stop the engine for the moment, so that what runs cannot end by itself; ten seconds of it pass for death."""
+    """Stop the engine for the moment, so that what runs cannot end by itself."""
     assert service.engine is not None
     service.engine.send_signal(signal.SIGSTOP)
     try:

@@ -19,11 +19,11 @@ import zmq
 import zmq.asyncio
 from processes import Processes, get, short_folder
 from pydantic import BaseModel
-from tiny_pair import TEMPLATE, pair_settings, write_draft, write_target, write_tokenizer
+from tiny_pair import TEMPLATE, pair_settings, write_draft, write_spaced_tokenizer, write_target, write_tokenizer
 from tokenizers import Tokenizer, normalizers
 
 from adapter.addresses import url_of
-from adapter.contracts import Sampling, SettingsError
+from adapter.contracts import Sampling, SettingsError, TokenLogprob
 from adapter.models import prepare_pair
 from adapter.pairs import find_draft
 from adapter.settings import ApiSettings, LogSettings, Settings
@@ -164,8 +164,8 @@ class Engine:
         self._context.term()
 
 
-def _snapshot(engine_id: str = "a") -> Snapshot:
-    empty = {str: engine_id, int: 0, float: 0.0, bool: False, list[int]: [], dict[str, int]: {}}
+def _snapshot() -> Snapshot:
+    empty = {str: "a", int: 0, float: 0.0, bool: False, list[int]: [], dict[str, int]: {}}
     return Snapshot(
         **{name: empty.get(kind) for name, kind in get_type_hints(Snapshot).items() if name != "controller"}
     )
@@ -384,6 +384,18 @@ def test_tokens_without_text_cost_no_more_than_others(tmp_path, silent):
     assert text.decoded < 20 * len(ids)
 
 
+def test_a_long_prompt_costs_its_answer_nothing(tmp_path):
+    """However long the prompt, the same few of its tokens are decoded with the answer's."""
+    write_tokenizer(tmp_path)
+    costs = set()
+    for length in (10, 5000):
+        text = _Counting(tmp_path)
+        answer = AnswerText(text, [], prompt=text.encode("a" * length))
+        assert [answer.push(token) for token in text.encode("ab")] == ["a", "b"]
+        costs.add(text.decoded)
+    assert len(costs) == 1
+
+
 # -- what is counted ---------------------------------------------------------------------------
 
 
@@ -408,6 +420,26 @@ def test_generation_tokens_are_those_of_usage(service):
     assert service.metric("vllm:generation_tokens_total") - before == used
 
 
+@pytest.mark.parametrize(("controller", "own"), [("fixed", 3), ("adaptive", 8)])
+def test_the_most_a_round_may_draft_is_told(local, controller, own):
+    """Nothing when off, the request's own length, else the controller's most; the histogram has one entry more."""
+    engine_settings = local.engine.model_copy(update={"controller": controller, "gamma": 3, "gamma_max": 8})
+    settings = local.model_copy(update={"engine": engine_settings})
+
+    async def go() -> None:
+        async with _asking(settings) as (app, client), _ready(app, settings) as engine:
+            for speculative, most in (({"enabled": False}, 0), ({"gamma": 0}, 0), ({"gamma": 5}, 5), ({}, own)):
+                body = {"model": "tiny-target", "prompt": "the", "spec_metrics": "summary", "speculative": speculative}
+                asked = asyncio.create_task(client.post("/v1/completions", json=body))
+                submit = await engine.hear(ipc.Submit)
+                await engine.say(ipc.Tokens(request_id=submit.request_id, token_ids=[20], finish_reason="length"))
+                told = (await asked).json()["metrics"]["speculative_decoding"]
+                assert told["num_spec_tokens"] == most
+                assert len(told["acceptance_histogram"]) == most + 1
+
+    _run(go())
+
+
 # -- what is said of limits and of text --------------------------------------------------------
 
 
@@ -426,7 +458,7 @@ def test_lone_surrogates_are_refused_by_name(service):
 
 
 def test_limits_that_were_not_sent_are_not_complained_of(service):
-    """The room left is named against min_tokens, and the default of a plain completion shrinks to it."""
+    """The room left is named against the field that was sent, and the default of a plain completion shrinks to it."""
     prompt = [5] * (LENGTH - 4)
     said = _complete(service, prompt=prompt, max_tokens=None, ignore_eos=True)
     assert said.json()["usage"]["completion_tokens"] == 4
@@ -436,6 +468,12 @@ def test_limits_that_were_not_sent_are_not_complained_of(service):
     assert "'min_tokens' is 5" in _error(_complete(service, prompt=prompt, max_tokens=None, min_tokens=5), 400,
                                         "min_tokens")  # fmt: skip
     assert "'max_tokens' is 5" in _error(_complete(service, prompt=prompt, max_tokens=5), 400, "max_tokens")
+    for older in (None, 5):  # the newer name wins
+        newer = _chat(service, max_tokens=older, max_completion_tokens=LENGTH)
+        assert f"'max_completion_tokens' is {LENGTH}" in _error(newer, 400, "max_completion_tokens")
+        newer = _chat(service, max_tokens=older, max_completion_tokens=2, min_tokens=3)
+        assert "more than max_completion_tokens, which is 2" in _error(newer, 400, "min_tokens")
+    assert "more than max_tokens, which is 8" in _error(_chat(service, min_tokens=9), 400, "min_tokens")
 
 
 # -- engines that go away, and loops that were busy ----------------------------------------------
@@ -445,15 +483,15 @@ def test_a_complete_answer_survives_the_engine(local):
     """When the stop string was found and the engine dies before its summary, the answer is a 200."""
 
     async def go() -> None:
-        async with _asking(local) as (app, client), _ready(app, local) as engine:
-            for stream in (False, True):
+        for stream in (False, True):
+            async with _asking(local) as (app, client), _ready(app, local) as engine:
                 body = {"model": "tiny-target", "prompt": "the", "stop": ["user"], "stream": stream}
                 asked = asyncio.create_task(client.post("/v1/completions", json=body))
                 submit = await engine.hear(ipc.Submit)
                 ids = app.state.generator.text.encode("and user")
                 await engine.say(ipc.Tokens(request_id=submit.request_id, token_ids=ids, finish_reason=None))
                 await engine.hear(ipc.End)
-                await engine.say(_snapshot(f"another after {stream}"))
+                engine.close()
                 answer = await asked
                 assert answer.status_code == 200
                 assert '"and "' in answer.text
@@ -479,6 +517,43 @@ def test_events_survive_clients_that_split_lines_as_python_does(local):
     _run(go())
 
 
+def test_an_answer_keeps_the_space_it_begins_with(local, tmp_path):
+    """Where the tokenizer drops a text's first space, answers have theirs: echoed, streamed, in offsets and chats."""
+    tokenizer = write_spaced_tokenizer(tmp_path)
+    template = "{% for message in messages %}{{ message.content }}</s><s>{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    ids = [tokenizer.token_to_id(piece) for piece in ("▁Paris", ".")]
+    prompt = "The capital is"
+    logprobs = [TokenLogprob(logprob=-1.0), TokenLogprob(logprob=-2.0)]
+    chat = {"messages": [{"role": "user", "content": prompt}]}
+
+    async def go() -> None:
+        async with _asking(local) as (app, client), _ready(app, local) as engine:
+            text = app.state.generator.text = TargetText(tmp_path)
+
+            async def ask(path: str, **body: Any) -> httpx.Response:
+                asked = asyncio.create_task(client.post(path, json={"model": "tiny-target"} | body))
+                submit = await engine.hear(ipc.Submit)
+                await engine.say(
+                    ipc.Tokens(request_id=submit.request_id, token_ids=ids, finish_reason="length", logprobs=logprobs)
+                )
+                return await asked
+
+            for given in (prompt, text.encode(prompt)):
+                for more, said in (({}, " Paris."), ({"echo": True}, f"{prompt} Paris."), ({"stop": ["is."]}, " Par")):
+                    whole = await ask("/v1/completions", prompt=given, **more)
+                    assert whole.json()["choices"][0]["text"] == said
+                    streamed = await ask("/v1/completions", prompt=given, stream=True, **more)
+                    lines = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
+                    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]) == said
+            told = (await ask("/v1/completions", prompt=prompt, logprobs=0)).json()["choices"][0]["logprobs"]
+            assert (told["tokens"], told["text_offset"]) == ([" Paris", "."], [0, 6])
+            answer = await ask("/v1/chat/completions", **chat)
+            assert answer.json()["choices"][0]["message"]["content"] == " Paris."
+
+    _run(go())
+
+
 def test_a_message_that_cannot_be_read_is_skipped(local):
     """Bytes of another version do not end the reading: what comes after them is heard."""
 
@@ -500,16 +575,17 @@ def test_a_message_that_cannot_be_read_is_skipped(local):
 
 
 def test_a_loop_that_was_busy_takes_nobody_for_dead(local):
-    """A minute in which this process read nothing is no minute of silence: the request it had still ends well."""
+    """An hour in which this process read nothing is no hour of silence: the request it had still ends well."""
 
     async def go() -> None:
-        now, looks = [0.0], [0]
+        now, pace, looks = [0.0], [0.0], [0]
 
-        def clock() -> float:
+        async def sleep(seconds: float) -> None:
+            await asyncio.sleep(0.001)
+            now[0] += pace[0] * seconds
             looks[0] += 1
-            return now[0]
 
-        client = EngineClient(local.run_dir, clock=clock)
+        client = EngineClient(local.run_dir, clock=lambda: now[0], sleep=sleep)
         await client.start()
         engine = Engine(local.run_dir)
         try:
@@ -525,16 +601,16 @@ def test_a_loop_that_was_busy_takes_nobody_for_dead(local):
 
             asked = asyncio.create_task(ask())
             await engine.hear(ipc.Submit)
-            now[0] += 60.0
+            now[0] += 3600.0
             assert client.alive
             seen = looks[0]
             await _until(lambda: looks[0] > seen + 2)  # it had an occasion to judge
             await engine.say(ipc.Tokens(request_id="r", token_ids=[5], finish_reason="length"))
             await asked
             assert [tokens.token_ids for tokens in got] == [[5]]
-            while client.alive:  # an engine that says nothing while this process listens is dead all the same
-                now[0] += 60.0
-                await asyncio.sleep(0.1)
+            pace[0] = 1.0  # an engine that says nothing while this process listens is dead all the same, in the end
+            await _until(lambda: not client.alive)
+            assert now[0] > 3600.0 + 120.0
             with pytest.raises(ApiError):
                 await ask()
         finally:

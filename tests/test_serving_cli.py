@@ -280,11 +280,14 @@ def test_up_looks_around_before_it_starts(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("url", ["http://:hunter2@cache", "redis://:hunter2/x@cache"])
-def test_a_redis_url_that_is_none_is_refused_without_its_password(tmp_path, url):
-    """It ends `up` in one line that does not repeat the URL."""
+@pytest.mark.parametrize(
+    ("role", "url"),
+    [("up", "http://:hunter2@cache"), ("engine", "redis://:hunter2/x@cache"), ("watch", "redis://a:1#b")],
+)
+def test_a_redis_url_that_is_none_is_refused_without_its_password(tmp_path, role, url):
+    """It ends everything, and each role alone, in one line that does not repeat the URL."""
     env = environment() | {"REDIS_URL": url}
-    done = process("up", "--data-dir", tmp_path / "data", env=env)
+    done = process(role, "--data-dir", tmp_path / "data", env=env)
     assert done.returncode == 2
     assert "REDIS_URL cannot be read" in done.stderr
     assert "hunter2" not in done.stdout + done.stderr

@@ -53,6 +53,7 @@ from serving.engine.control.cost_table import (
     measure_curve,
     sizes_up_to,
 )
+from serving.engine.control.fixed import FixedGamma
 from serving.engine.control.posterior import Beliefs, match_bucket
 from serving.engine.control.priors import START, Prior
 from serving.engine.control.search import Problem, price
@@ -789,6 +790,22 @@ def test_explain_asks_the_running_api(
     text = capfd.readouterr().out
     for words in (told["decision"]["sentence"], "against none", "test", "measured speed-up", "target", "draft"):
         assert " ".join(words.split()) in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("chooser", "words"),
+    [(FixedGamma(2), "2 tokens a round (engine.controller = fixed)"), (FixedGamma(0, ()), "engine.gamma_max is 0")],
+)
+def test_explain_says_why_the_length_is_fixed(
+    answering: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    chooser: FixedGamma, words: str,
+) -> None:  # fmt: skip
+    """The controller's setting is the reason only where something may draft."""
+    folder, told = answering
+    told.clear()
+    told.update(chooser.explain())
+    assert _run_cli(monkeypatch, "explain", "--data-dir", str(folder)) == 0
+    assert words in " ".join(capfd.readouterr().out.split())
 
 
 def test_explain_without_an_api_says_what_to_do(

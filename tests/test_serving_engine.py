@@ -468,7 +468,7 @@ def test_serving_v1_a_draft_may_pad_its_vocabulary_differently(folder, tmp_path,
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
-        ({"gamma": 9}, "engine.gamma = 9 is more than engine.gamma_max = 8"),
+        ({"gamma": 9, "controller": "fixed"}, "engine.gamma = 9 is more than engine.gamma_max = 8"),
         ({"kv_tokens": 200}, "engine.kv_tokens = 200"),
         ({"max_model_len": 513}, "512 positions"),
     ],

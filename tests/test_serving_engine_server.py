@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,8 @@ from adapter.cores import taking
 from adapter.database import migrate, open_database
 from adapter.facts import Facts
 from serving import ipc
+from serving.api.engine_client import EngineClient
+from serving.api.errors import ApiError
 from serving.engine.engine import Delivery
 from serving.engine.server import EngineServer
 from serving.engine.threads import Threads
@@ -158,6 +162,81 @@ def test_a_process_that_reads_nothing_loses_its_request_only(wire, monkeypatch):
         wire.server._send(peer, message)
     assert set(wire.rig.engine._requests) == {"other"}
     assert wire.rig.engine.stats.undelivered == 1
+
+
+class Held:
+    """Steps that begin only when the test lets them, of an engine served by a thread of its own."""
+
+    def __init__(self, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waits, self.free = threading.Event(), threading.Event()
+        self._wire, self._step = wire, wire.rig.engine.step
+        self._thread = threading.Thread(target=wire.server.run)
+        monkeypatch.setattr(wire.rig.engine, "step", self._one)
+        self._thread.start()
+
+    def _one(self) -> list[Delivery]:
+        self._wire.clock.now += 1.0
+        if self._wire.rig.engine.busy:
+            self.waits.set()
+            self.free.wait()
+        return self._step()
+
+    def end(self) -> None:
+        """Let the thread leave after its step, which closes the socket as the end of the process would."""
+        self._wire.server.stop()
+        self.free.set()
+
+    def close(self) -> None:
+        self.end()
+        self._thread.join()
+
+
+async def _until(condition: Callable[[], object]) -> None:
+    """Let the loop go on until `condition` holds; the test's own time limit ends it."""
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def test_a_step_of_minutes_keeps_its_request_and_an_end_loses_it_at_once(wire, tmp_path, monkeypatch):
+    """Two minutes without a word pass within one step; without any time passing, a closed socket ends what ran."""
+    clock, pace = Clock(), [0.0]
+
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(0.001)
+        clock.now += pace[0] * seconds
+
+    async def ask(client: EngineClient, name: str) -> int:
+        return sum([len(tokens.token_ids) async for tokens in client.generate(_submit(name))])
+
+    async def go() -> None:
+        client = EngineClient(tmp_path, clock=clock, sleep=sleep)
+        await client.start()
+        try:
+            await _until(lambda: client.alive)
+            asked = asyncio.create_task(ask(client, "long"))
+            await _until(held.waits.is_set)
+            pace[0] = 1.0
+            await _until(lambda: clock.now > 120.0)
+            pace[0] = 0.0
+            assert client.alive
+            held.free.set()
+            assert await asked == 8
+            held.free.clear()
+            held.waits.clear()
+            asked = asyncio.create_task(ask(client, "lost"))
+            await _until(held.waits.is_set)
+            held.end()
+            with pytest.raises(ApiError, match="went away") as caught:
+                await asked
+            assert (caught.value.code, client.alive) == ("engine_lost", False)
+        finally:
+            await client.stop()
+
+    held = Held(wire, monkeypatch)
+    try:
+        asyncio.run(asyncio.wait_for(go(), 60))
+    finally:
+        held.close()
 
 
 def test_the_loop_leaves_a_training_its_cores(folder, tmp_path, monkeypatch):

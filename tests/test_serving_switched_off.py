@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engine_rig import Rig, counts_of, prompts, request
+from engine_rig import Rig, build_rig, counts_of, prompts, request
 from tiny_pair import pair_settings
 
 from adapter.database import migrate, open_database
@@ -42,6 +42,16 @@ def test_the_runbooks_settings_switch_speculation_off(folder, tmp_path, monkeypa
     finally:
         rig.built.publisher.close()
         database.dispose()
+
+
+def test_gamma_max_switches_it_off_under_the_adaptive_controller(folder, tmp_path):
+    """With `engine.gamma_max` = 0 and the default `engine.gamma` the engine starts, drafts for nobody and says so."""
+    rig = build_rig(folder, tmp_path, controller="adaptive", gamma=2, gamma_max=0)
+    asking = [request("any", prompts(100)[0]), request("own", prompts(100)[1], gamma=2)]
+    assert all(rig.run(asking))
+    assert counts_of(asking).num_drafted == rig.engine.stats.drafted == 0
+    assert rig.engine.controller.explain()["drafts"] is False
+    rig.built.publisher.close()
 
 
 @pytest.mark.parametrize("gamma", [0, 2])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tiny_pair import END, write_tokenizer
+from tiny_pair import END, write_spaced_tokenizer, write_tokenizer
+from tokenizers import decoders
 
 from adapter.contracts import SettingsError
 from serving.api.answer import AnswerText
@@ -15,6 +16,8 @@ from serving.api.errors import ApiError
 from serving.api.text import TargetText
 
 ALL = st.lists(st.integers(3, 119), max_size=30)
+SPELLINGS = ("byte_level", "byte_fallback", "metaspace")
+UNKNOWN = 5000  # no token of any vocabulary here
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +25,27 @@ def text(tmp_path_factory) -> TargetText:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
     return TargetText(folder)
+
+
+@pytest.fixture(scope="module")
+def spelled(text, tmp_path_factory) -> dict[str, TargetText]:
+    """Tokenizers by how they spell a space; all but the first drop the one that a text begins with."""
+    written = {"byte_level": text}
+    for name, decoder in (("byte_fallback", None), ("metaspace", decoders.Metaspace(prepend_scheme="always"))):
+        folder = tmp_path_factory.mktemp(name)
+        write_spaced_tokenizer(folder, decoder)
+        written[name] = TargetText(folder)
+    return written
+
+
+def _bytes(text: TargetText, said: str) -> list[int]:
+    """The byte tokens of a text."""
+    return text.encode(said) if text.token_text(3) != "<0x00>" else [3 + byte for byte in said.encode()]
+
+
+def _continue(text: TargetText, prompt: list[int], ids: list[int], *, skip_special: bool = True) -> str:
+    answer = AnswerText(text, [], prompt=prompt, skip_special=skip_special)
+    return "".join([*map(answer.push, ids), answer.finish()])
 
 
 def _read(text: TargetText, ids: list[int], stops: list[str]) -> tuple[str, int, bool]:
@@ -35,6 +59,59 @@ def _read(text: TargetText, ids: list[int], stops: list[str]) -> tuple[str, int,
 def test_pieces_join_to_the_whole_text(text, ids):
     """Any tokens, broken UTF-8 included, read one at a time give what decoding them at once gives."""
     assert _read(text, ids, [])[0] == text.decode(ids)
+
+
+# Negative ones count from the vocabulary's end, where its pieces are; texts are spelled byte by byte.
+_ATOMS = st.lists(st.integers(-12, -1) | st.sampled_from([0, 1, 2, UNKNOWN, "€", "🙂", " "]), max_size=12)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@given(prompt=_ATOMS, said=_ATOMS, skip=st.booleans())
+@example(prompt=[1, -1], said=[-1, -4], skip=True)
+@example(prompt=[-1, 1, 2, 1, 2, 1, 2], said=[-1], skip=True)  # special tokens end the prompt
+@example(prompt=[-1, *[UNKNOWN] * 9], said=[-1], skip=True)
+@example(prompt=[1], said=[-12, -1], skip=True)  # nothing but a space is said at first
+@example(prompt=["€", "€", "€"], said=["€", -1], skip=True)
+@example(prompt=["🙂", "🙂", "🙂"], said=["🙂", "🙂", -1], skip=True)
+@settings(max_examples=300, deadline=None)
+def test_answers_add_to_their_prompts_text(spelled, spelling, prompt, said, skip):
+    """What is read, token by token, is what the answer adds to the decoded prompt: spaces and characters whole."""
+    text = spelled[spelling]
+
+    def tokens(atoms: list[int | str]) -> list[int]:
+        lists = [_bytes(text, a) if isinstance(a, str) else [a + text.vocab_size if a < 0 else a] for a in atoms]
+        return [token for part in lists for token in part]
+
+    before = text.decode(tokens(prompt), skip_special=skip)
+    whole = text.decode(tokens(prompt + said), skip_special=skip)
+    assert whole.startswith(before)
+    assert _continue(text, tokens(prompt), tokens(said), skip_special=skip) == whole[len(before) :]
+
+
+@given(prompt=ALL, said=ALL)
+@settings(max_examples=300, deadline=None)
+def test_broken_characters_of_a_prompt_stay_its_own(text, prompt, said):
+    """Tokens that are any bytes: wherever decoding only adds to the prompt's text, the answer is what it adds."""
+    before, whole = text.decode(prompt), text.decode(prompt + said)
+    assume(whole.startswith(before))
+    assert _continue(text, prompt, said) == whole[len(before) :]
+
+
+@pytest.mark.parametrize("spelling", ["byte_level", "byte_fallback"])
+def test_characters_broken_off_are_whole_where_they_can_be(spelled, spelling):
+    """An answer completes its prompt's last character; broken bytes take nothing from the characters beside them."""
+    text = spelled[spelling]
+    euro, smile, letter = _bytes(text, "€"), _bytes(text, "🙂"), text.encode("a")[-1:]
+    assert _continue(text, [*letter, *euro, *euro[:2]], [*euro[2:], *letter]) == "€a"
+    assert AnswerText(text, [], prompt=[*letter, *smile[:3]]).push(smile[3]) == "🙂"
+    assert _continue(text, [*letter, *smile[:3]], [*smile[3:], *euro]) == "🙂€"
+    assert _continue(text, euro[:2], letter) == "a"
+    for whole in (letter, euro):
+        said = _continue(text, letter, [*whole, *euro[:1], *letter])
+        assert said == text.decode(whole) + "�a"
+        cut = _continue(text, letter, [*whole, *smile[:2]])
+        assert cut.rstrip("�") == text.decode(whole)
+        assert 1 <= cut.count("�") <= 2
 
 
 @given(

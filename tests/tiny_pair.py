@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapter import artifacts
@@ -62,6 +62,25 @@ def write_tokenizer(folder: Path) -> Tokenizer:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": END, "pad_token_id": 0}))
+    return tokenizer
+
+
+def write_spaced_tokenizer(folder: Path, decoder: Any = None) -> Tokenizer:
+    """Write a tokenizer that spells spaces as ▁ and bytes as <0xE2>, and drops a text's first space, as Llama 2's does.
+
+    Its special tokens are `<s>` and `</s>`; texts are encoded letter by letter, with `<s>` before them.
+    """
+    told = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = ["<unk>", "<s>", "</s>", *told, *"▁abcdef.é", "▁▁", "▁the", "▁Paris"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer: Any = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoder or decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in pieces[:3]])
+    tokenizer.save(str(folder / "tokenizer.json"))
     return tokenizer
 
 

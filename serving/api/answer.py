@@ -6,15 +6,23 @@ where its answer ends never depend on how many tokens a round committed.  Knows 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from serving.api.text import TargetText
 
 _PARTIAL = "�"  # what an incomplete UTF-8 sequence decodes to
+_CONTEXT = 5  # tokens of the prompt the answer is read behind; decoders look at one or two
+_INSIDE = 3  # bytes of a character after its first at most, so tokens
 
 
 class AnswerText:
     """Turn tokens into text, holding back what may still become a stop string.
 
+    The text is what decoding the answer behind its prompt adds to the decoded prompt: decoders that
+    drop a text's first space drop none of the answer's.
+
     Args:
+        prompt: the tokens the answer continues.
         min_tokens: stop strings that are complete within so many tokens are plain text.
         keep_stop: leave the stop string in the text.
     """
@@ -24,6 +32,7 @@ class AnswerText:
         text: TargetText,
         stops: list[str],
         *,
+        prompt: Sequence[int] = (),
         min_tokens: int = 0,
         keep_stop: bool = False,
         skip_special: bool = True,
@@ -33,8 +42,8 @@ class AnswerText:
         self._min_tokens = min_tokens
         self._keep_stop = keep_stop
         self._skip_special = skip_special
-        self._ids: list[int] = []
-        self._read = 0  # tokens whose text was produced
+        self._ids = self._end_of(prompt)
+        self._read = len(self._ids)  # tokens whose text was produced, or is the prompt's
         self._context = 0  # a few tokens before, since a token's text depends on its neighbours
         self._held = ""
         self._too_early = 0  # characters of what is held in which no stop string may end
@@ -52,18 +61,18 @@ class AnswerText:
         if self.stopped:
             return ""
         self.num_tokens += 1
-        if self._skip_special and token_id in self._text.special_ids:
-            return ""  # decoding leaves it out wherever it stands, so nothing later depends on it
+        if self._left_out(token_id):
+            return ""  # wherever it stands, so nothing later depends on it
         self._ids.append(token_id)
-        before = self._decode(self._ids[self._context : self._read])
-        after = self._decode(self._ids[self._context :])
-        if after == before and not after.endswith(_PARTIAL):
+        before, after = self._around()
+        if after == before and before and not after.endswith(_PARTIAL):
             self._ids.pop()  # it says nothing, and a run of such would be decoded over and over
             return ""
-        if after.endswith(_PARTIAL) or len(after) <= len(before):
+        if after.endswith(_PARTIAL) or before.startswith(after):
             return ""
+        fresh = self._fresh(before, after)
         self._context, self._read = self._read, len(self._ids)
-        return self._take(after[len(before) :], final=False)
+        return self._take(fresh, final=False)
 
     def push_end(self) -> str:
         """Count an end token, which is a token of the answer and no text."""
@@ -75,10 +84,39 @@ class AnswerText:
         """Return what was held back; an incomplete character at the very end included."""
         if self.stopped:
             return ""
-        before = self._decode(self._ids[self._context : self._read])
-        rest = self._decode(self._ids[self._context :])[len(before) :]
+        rest = self._fresh(*self._around())
         self._read = len(self._ids)
         return self._take(rest, final=True)
+
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """Return the prompt's last tokens that are text, from the beginning of a character on."""
+        ids: list[int] = []
+        for token in reversed(prompt):
+            if self._left_out(token):
+                continue
+            ids.append(token)
+            inside = 0x80 <= (self._text.token_bytes(token) or b" ")[0] < 0xC0
+            if len(ids) >= _CONTEXT + _INSIDE * inside:
+                break
+        return ids[::-1]
+
+    def _left_out(self, token_id: int) -> bool:
+        """Say whether decoding leaves this token out: a special one, or an id without a token."""
+        return (self._skip_special and token_id in self._text.special_ids) or not self._text.token_text(token_id)
+
+    def _around(self) -> tuple[str, str]:
+        """Return the context's text, without and with the tokens that are still to be read."""
+        return self._decode(self._ids[self._context : self._read]), self._decode(self._ids[self._context :])
+
+    def _fresh(self, before: str, after: str) -> str:
+        """Return what the tokens behind the context add to its text."""
+        while before.endswith(_PARTIAL) and not after.startswith(before):
+            self._read -= 1  # the answer completes a character that the prompt broke off
+            before = self._decode(self._ids[self._context : self._read])
+        if after.startswith(before):
+            return after[len(before) :]
+        # Byte fallback: one broken byte turns its neighbours into replacement characters, those sent before too.
+        return self._decode(self._ids[self._read :])
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._text.decode(token_ids, skip_special=self._skip_special)

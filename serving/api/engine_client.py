@@ -1,17 +1,22 @@
-"""The API's end of the line to the engine process: submit, receive, cancel, notice a restart."""
+"""The API's end of the line to the engine process: submit, receive, cancel, notice that it is gone.
+
+The end of the engine's process ends the connection at once.  Silence says little, as the engine speaks only
+between two steps: it is an end only when it lasts longer than any step.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
 import structlog
 import zmq
 import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
 
 from serving import ipc
 from serving.api.errors import ApiError
@@ -19,7 +24,6 @@ from serving.snapshot import Snapshot
 
 log = structlog.get_logger(__name__)
 
-_HELLO_AFTER_S = 2.0  # say hello again when the engine was silent this long: it may have restarted
 _TICK_S = 0.5
 _Message = ipc.Tokens | ipc.Refused | ApiError  # an error: nothing more will come
 
@@ -29,14 +33,19 @@ class EngineClient:
 
     Args:
         clock: monotonic seconds.
+        sleep: waits so many of them.
     """
 
-    def __init__(self, run_dir: Path, name: str = "api", clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, run_dir: Path, name: str = "api", clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:  # fmt: skip
         self._name = name
         self._endpoint = ipc.engine_endpoint(run_dir)
         self._queues: dict[str, asyncio.Queue[_Message]] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._clock = clock
+        self._clock, self._sleep = clock, sleep
+        self._connected = False
         self._silence_s = float("inf")  # how long this process listened since the engine was heard
         self._unreadable = False
         self.snapshot: Snapshot | None = None
@@ -47,8 +56,9 @@ class EngineClient:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._socket.connect(self._endpoint)
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._greet())]
+        self._tasks = [asyncio.create_task(work) for work in (self._follow(), self._read(), self._listen())]
 
     async def stop(self) -> None:
         """Close the connection."""
@@ -57,13 +67,15 @@ class EngineClient:
         for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        self._socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()
         self._context.term()
 
     @property
     def alive(self) -> bool:
-        """Whether the engine was heard of recently."""
-        return self._silence_s < ipc.SILENT_AFTER_S
+        """Whether the engine is connected, and was heard within the time that the longest step may take."""
+        return self._connected and self._silence_s < ipc.SILENT_AFTER_S
 
     async def generate(self, submit: ipc.Submit) -> AsyncGenerator[ipc.Tokens, None]:
         """Submit a request and yield its tokens, a round at a time.
@@ -108,6 +120,18 @@ class EngineClient:
         """Send without waiting, so that a request that is being cancelled still says so."""
         self._socket.send(ipc.encode(message))
 
+    async def _follow(self) -> None:
+        """Say hello on each new connection; what was sent over the one before is lost."""
+        while True:
+            event = (await recv_monitor_message(self._monitor))["event"]
+            self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self._silence_s = float("inf")
+            if self._connected:
+                self._lose_all(_lost())
+                self._post(ipc.Hello(name=self._name))
+            else:
+                log.warning("engine_gone", running_requests=len(self._queues))
+
     async def _read(self) -> None:
         while True:
             data = await self._socket.recv()
@@ -118,7 +142,7 @@ class EngineClient:
                 continue
             self._silence_s = 0.0
             if isinstance(message, Snapshot):
-                self._hear(message)
+                self.snapshot = message
             elif queue := self._queues.get(message.request_id):
                 queue.put_nowait(message)
 
@@ -127,24 +151,17 @@ class EngineClient:
             log.error("message_unreadable", error=str(error), hint="the engine may be of another version; restart both")
         self._unreadable = True
 
-    def _hear(self, snapshot: Snapshot) -> None:
-        before, self.snapshot = self.snapshot, snapshot
-        if before is not None and before.engine_id != snapshot.engine_id:
-            log.warning("engine_restarted", lost_requests=len(self._queues))
-            self._lose_all(_lost())
-
     def _lose_all(self, error: ApiError) -> None:
         for queue in self._queues.values():
             queue.put_nowait(error)
 
-    async def _greet(self) -> None:
+    async def _listen(self) -> None:
+        """Count the silence, and give up what runs once the engine is gone."""
         while True:
-            if self._silence_s > _HELLO_AFTER_S:
-                self._post(ipc.Hello(name=self._name))
             if self._queues and not self.alive:
                 self._lose_all(_lost())
             began_s = self._clock()
-            await asyncio.sleep(_TICK_S)
+            await self._sleep(_TICK_S)
             # A busy or stopped process was not listening: what it missed waits to be read and is no silence.
             self._silence_s += min(self._clock() - began_s, 2 * _TICK_S)
 

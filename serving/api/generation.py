@@ -50,7 +50,7 @@ class Generator:
         """
         total = len(prompts) * request.n
         limits = [self._limit(request, ids) for ids in prompts]
-        samplings = self._samplings(request)
+        samplings = self._samplings(request, len(prompts))
         end_tokens = self._end_tokens(request)
         grammar = _grammar(request)
         choices = Choices(prompts, request.n)
@@ -58,12 +58,13 @@ class Generator:
             prompt = index // request.n
             submit = ipc.Submit(
                 request_id=request_id if total == 1 else f"{request_id}-{index}", token_ids=prompts[prompt],
-                max_tokens=limits[prompt], sampling=samplings[index % request.n], end_tokens=end_tokens,
+                max_tokens=limits[prompt], sampling=samplings[index], end_tokens=end_tokens,
                 segment=segment, gamma=self._gamma(request), version=request.speculative.version, grammar=grammar,
                 logprobs=request.num_logprobs, priority=request.priority, cache_salt=request.cache_salt or "",
             )  # fmt: skip
             answer = AnswerText(
-                self.text, request.stop, min_tokens=request.min_tokens, keep_stop=request.include_stop_str_in_output,
+                self.text, request.stop, prompt=prompts[prompt], min_tokens=request.min_tokens,
+                keep_stop=request.include_stop_str_in_output,
                 skip_special=request.skip_special_tokens and not show_special,
             )  # fmt: skip
             choices.items.append(
@@ -139,7 +140,7 @@ class Generator:
                 400, f"the prompt has {len(token_ids)} tokens; this model's context holds {most}, the answer included",
                 param=param, code="context_length_exceeded",
             )  # fmt: skip
-        for name, wanted in (("max_tokens", limit or 1), ("min_tokens", request.min_tokens)):
+        for name, wanted in ((request.limit_name, limit or 1), ("min_tokens", request.min_tokens)):
             if wanted > room:
                 raise ApiError(
                     400, f"the prompt has {len(token_ids)} tokens and '{name}' is {wanted}; together they must not "
@@ -147,23 +148,21 @@ class Generator:
                 )  # fmt: skip
         return limit or min(request.default_limit or room, room)
 
-    def _samplings(self, request: Generation) -> list[Sampling]:
-        """Return the parameters of each answer to a prompt; they differ in their seeds only."""
+    def _samplings(self, request: Generation, num_prompts: int) -> list[Sampling]:
+        """Return the parameters of each answer, prompt by prompt; they differ in their seeds only."""
         for token in request.logit_bias:
             self.check_token(token, "logit_bias")
-        seeds = [
-            secrets.randbits(63) if request.seed is None else derived_seed(request.seed, i) for i in range(request.n)
-        ]
+        bias = tuple(sorted(request.logit_bias.items()))
         # Below this, dividing by the temperature overflows; the law is greedy long before.
         temperature = request.temperature if request.temperature >= _GREEDY_BELOW else 0.0
         return [
             Sampling(
                 temperature=temperature, top_p=request.top_p, top_k=request.top_k, min_p=request.min_p, seed=seed,
                 presence_penalty=request.presence_penalty, frequency_penalty=request.frequency_penalty,
-                repetition_penalty=request.repetition_penalty, min_tokens=request.min_tokens,
-                logit_bias=tuple(sorted(request.logit_bias.items())),
+                repetition_penalty=request.repetition_penalty, min_tokens=request.min_tokens, logit_bias=bias,
             )
-            for seed in seeds
+            for _ in range(num_prompts)
+            for seed in _seeds(request)
         ]  # fmt: skip
 
     def _end_tokens(self, request: Generation) -> list[int]:
@@ -182,6 +181,17 @@ class Generator:
             text = f"'{param}': token id {token} is outside 0..{self.text.vocab_size - 1}"
             raise ApiError(400, text, param=param, code="invalid_value")
 
+    def most_drafted(self, request: Generation) -> int:
+        """Return the most tokens a round of this request may draft, 0 where speculation is off.
+
+        Raises:
+            ApiError: 400 when the request names more than the server drafts.
+        """
+        gamma = self._gamma(request)
+        if gamma is not None:
+            return gamma
+        return self.engine.gamma if self.engine.controller == "fixed" else self.engine.gamma_max
+
     def _gamma(self, request: Generation) -> int | None:
         if not request.speculative.enabled:
             return 0
@@ -194,6 +204,13 @@ class Generator:
                 code="invalid_value",
             )
         return gamma
+
+
+def _seeds(request: Generation) -> list[int]:
+    """Return the seeds of the answers to one prompt: the same for every prompt if one was given, else fresh ones."""
+    if request.seed is None:
+        return [secrets.randbits(63) for _ in range(request.n)]
+    return [derived_seed(request.seed, i) for i in range(request.n)]
 
 
 def _grammar(request: Generation) -> Grammar | None:

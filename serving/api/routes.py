@@ -18,7 +18,7 @@ from serving.api.choices import Choices, Piece
 from serving.api.errors import ApiError
 from serving.api.generation import Generator
 from serving.api.schema import Generation
-from serving.api.schema_chat import ChatRequest
+from serving.api.schema_chat import ChatRequest, Message
 from serving.api.schema_completion import CompletionRequest
 from serving.api.shapes import ChatShape, Shape, TextShape, Whole, Wishes
 from serving.api.speculation import spec_metrics
@@ -40,7 +40,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a chat."""
     generator = _generator(request)
     check_model(request, body.model)
-    check_tools(request, body)
+    check_tools(request, body.messages, shown=body.calls_tools)
     generator.check_count(body, 1)
     ids = await asyncio.to_thread(_read_chat, body, generator)
     return await _answer(body, request, [ids], ChatShape, _wishes(body, request))
@@ -72,18 +72,21 @@ def _read_chat(body: ChatRequest, generator: Generator) -> list[int]:
     )  # fmt: skip
 
 
-def check_tools(request: Request, body: ChatRequest) -> None:
+def check_tools(request: Request, messages: list[Message], *, shown: bool) -> None:
     """Refuse names and tools that the served model's chat template does not know, or whose calls it spells otherwise.
+
+    Args:
+        shown: whether tools are shown to the model.
 
     Raises:
         ApiError: 400, naming the field.
     """
     template = _generator(request).text.template
     knows = template is not None and template.knows_tools
-    if body.calls_tools and not (template is not None and template.parses_calls):
+    if shown and not (template is not None and template.parses_calls):
         why = "spells tool calls in a form that is not parsed here" if knows else "does not know tools"
         raise ApiError(400, f"'tools' is not supported with this model: its chat template {why}", param="tools")
-    for place, message in enumerate(body.messages):
+    for place, message in enumerate(messages):
         if message.name is not None and not (template is not None and template.knows_names):
             where = f"messages.{place}.name"
             raise ApiError(
@@ -144,13 +147,12 @@ def _wishes(body: Generation, request: Request) -> Wishes:
             400, f"header {SPEC_METRICS_HEADER} is {header!r:.80}; use none or summary", param=SPEC_METRICS_HEADER
         )
     spec = body.spec_metrics or header or generator.api.spec_metrics
-    gamma = body.speculative.gamma
     return Wishes(
         num_logprobs=body.num_logprobs, token_ids=body.return_token_ids,
         tools=isinstance(body, ChatRequest) and body.calls_tools,
         usage=bool(options and options.include_usage),
         running_usage=bool(options and options.continuous_usage_stats),
-        spec_tokens=(generator.engine.gamma_max if gamma is None else gamma) if spec == "summary" else None,
+        spec_tokens=generator.most_drafted(body) if spec == "summary" else None,
     )  # fmt: skip
 
 

@@ -22,7 +22,6 @@ _INT32 = 1 << 31
 
 # Fields of OpenAI's and vLLM's APIs that are not served, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
     "suffix": ("",),
     "functions": ([],),
     "function_call": ("none",),
@@ -149,12 +148,13 @@ class Generation(Strict):
         """Remove nulls and fields that ask for nothing; what is left is served or refused."""
         if not isinstance(data, dict):
             return data
-        if "best_of" in data and data["best_of"] == data.get("n"):
-            data = {name: value for name, value in data.items() if name != "best_of"}
+        sent = {name: value for name, value in data.items() if value is not None}
+        if "best_of" in sent and _same(sent["best_of"], sent.get("n", 1)):
+            del sent["best_of"]  # the best n of n answers are all of them
         return {
             name: value
-            for name, value in data.items()
-            if value is not None and not any(_same(value, neutral) for neutral in cls._neutral(name))
+            for name, value in sent.items()
+            if not any(_same(value, neutral) for neutral in cls._neutral(name))
         }
 
     @classmethod
@@ -167,13 +167,19 @@ class Generation(Strict):
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options", "it is only allowed with stream = true")
         if self.token_limit is not None and self.min_tokens > self.token_limit:
-            raise FieldError("min_tokens", f"{self.min_tokens} is more than max_tokens, which is {self.token_limit}")
+            text = f"{self.min_tokens} is more than {self.limit_name}, which is {self.token_limit}"
+            raise FieldError("min_tokens", text)
         return self
 
     @property
     def token_limit(self) -> int | None:
         """The most tokens an answer may have; None leaves it to the model's context."""
         return self.max_tokens
+
+    @property
+    def limit_name(self) -> str:
+        """The field that `token_limit` comes from."""
+        return "max_tokens"
 
     @property
     def default_limit(self) -> int | None:

@@ -148,6 +148,9 @@ class Tool(Strict):
     function: Function
 
 
+Tools = Annotated[list[Tool], Field(max_length=128)]
+
+
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
@@ -155,7 +158,7 @@ class ChatRequest(Generation):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: Annotated[bool, Field(strict=True)] = False
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] = 0
-    tools: list[Tool] = Field(default_factory=list, max_length=128)
+    tools: Tools = Field(default_factory=list)
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool = True
 
@@ -182,7 +185,7 @@ class ChatRequest(Generation):
 
     def tools_for_template(self) -> list[dict[str, Any]] | None:
         """The tools as chat templates expect them, or None."""
-        return [tool.model_dump(exclude_none=True) for tool in self.tools] if self.calls_tools else None
+        return spelled_tools(self.tools) if self.calls_tools else None
 
     @property
     def token_limit(self) -> int | None:
@@ -190,6 +193,16 @@ class ChatRequest(Generation):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def limit_name(self) -> str:
+        """The field that `token_limit` comes from."""
+        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
+
+    @property
     def num_logprobs(self) -> int | None:
         """Alternatives reported a token; None reports nothing."""
         return self.top_logprobs if self.logprobs else None
+
+
+def spelled_tools(tools: list[Tool]) -> list[dict[str, Any]]:
+    """Return tools as chat templates expect them."""
+    return [tool.model_dump(exclude_none=True) for tool in tools]

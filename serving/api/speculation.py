@@ -18,7 +18,8 @@ def spec_metrics(summaries: Sequence[Summary], num_spec_tokens: int) -> dict[str
     """Return the object for one response; several answers of one request are added up.
 
     `acceptance_histogram[j]` counts the rounds that accepted exactly j drafted tokens; rounds that
-    drafted nothing are no rounds of speculation.  `num_spec_tokens` is the most a round may draft.
+    drafted nothing are no rounds of speculation.  `num_spec_tokens` is the most a round of the request
+    may draft; the histogram has one entry more.
     """
     counts = sum((item.counts for item in summaries), Counts())
     steps, drafted, accepted = counts.num_rounds, counts.num_drafted, counts.num_accepted

@@ -12,7 +12,7 @@ from serving.api.errors import FieldError
 from serving.api.generation import Generator
 from serving.api.routes import check_model, check_tools
 from serving.api.schema import Strict
-from serving.api.schema_chat import ChatRequest, Message, Tool
+from serving.api.schema_chat import Message, Tools, spelled_tools
 from serving.api.schema_completion import TokenIds
 
 router = APIRouter()
@@ -24,7 +24,7 @@ class TokenizeRequest(Strict):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
-    tools: list[Tool] = Field(default_factory=list)
+    tools: Tools = Field(default_factory=list)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: Literal[False] = False
@@ -57,11 +57,11 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         special = body.add_special_tokens is not False
         ids = await asyncio.to_thread(text.encode, body.prompt or "", special=special)
     else:
-        chat = ChatRequest(model=request.app.state.model_name, messages=body.messages, tools=body.tools)
-        check_tools(request, chat)
+        check_tools(request, body.messages, shown=bool(body.tools))
         messages = [message.for_template() for message in body.messages]
+        tools = spelled_tools(body.tools) or None
         ids = await asyncio.to_thread(
-            text.encode_chat, messages, chat.tools_for_template(), add_generation_prompt=body.add_generation_prompt
+            text.encode_chat, messages, tools, add_generation_prompt=body.add_generation_prompt
         )  # fmt: skip
     strings = [text.token_text(token) for token in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": generator.engine.max_model_len, "tokens": ids, "token_strs": strings}

@@ -20,7 +20,7 @@ from rich.console import Console
 from adapter.contracts import DraftsmithError
 from adapter.settings import load_settings
 from serving.demo.progress import Progress
-from serving.demo.report import print_report, surroundings
+from serving.demo.report import PLAIN_OF, print_report, surroundings
 from serving.demo.service import Service, demo_settings
 from serving.demo.stages import Demo
 
@@ -95,7 +95,7 @@ def empty_result() -> dict[str, Any]:
     return {
         "target": None, "draft": None, "exact": None,
         "acceptance": dict.fromkeys(("before_shift", "at_shift", "after_adaptation", "after_rollback")),
-        "tokens_per_second": dict.fromkeys(("no_speculation", "before_shift", "at_shift", "after_adaptation")),
+        "tokens_per_second": dict.fromkeys(("no_speculation", "no_speculation_after", *PLAIN_OF)),
         "swap_pause_ms": None, "median_step_ms": None, "rollback_s": None,
         "rollback_swap_s": None,
         "requests": {"sent": 0, "failed": 0, "truncated": 0}, "log": None, "training": None,

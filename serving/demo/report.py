@@ -25,9 +25,13 @@ _PHASES = (
     ("after_rollback", "after the roll back"),
 )  # fmt: skip
 _SPEEDS = (
-    ("no_speculation", "no speculation"), ("before_shift", "before the shift"), ("at_shift", "after the shift"),
+    ("no_speculation", "no speculation"), ("before_shift", "before the shift"),
+    ("no_speculation_after", "no speculation, shifted"), ("at_shift", "after the shift"),
     ("after_adaptation", "with the new version"),
 )  # fmt: skip
+PLAIN_OF = {  # which speed without speculation is of the same traffic
+    "before_shift": "no_speculation", "at_shift": "no_speculation_after", "after_adaptation": "no_speculation_after",
+}  # fmt: skip
 
 
 def surroundings() -> dict[str, Any]:
@@ -155,10 +159,9 @@ def _acceptance_table(acceptance: dict[str, Any]) -> Table:
 
 def _speed_table(speeds: dict[str, float | None]) -> Table:
     top = max((value for value in speeds.values() if value is not None), default=1.0) or 1.0
-    plain = speeds["no_speculation"]
     table = Table("tokens a second", "", "", "against no speculation", box=None, header_style="bold")
     for name, words in _SPEEDS:
-        value = speeds[name]
+        value, plain = speeds[name], speeds[PLAIN_OF.get(name, name)]
         ratio = "" if value is None or not plain else f"{value / plain:.2f}x"
         table.add_row(words, "–" if value is None else f"{value:.1f}", "█" * round((value or 0) / top * _BAR), ratio)
     return table

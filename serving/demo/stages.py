@@ -46,13 +46,14 @@ class Demo(Session):
         try:
             await self.start()
             await self.check_exactness()
-            await self.measure_without_speculation()
+            await self.measure_without_speculation("no_speculation", self.first)
             await self.measure_before_shift()
             job = await self.shift_traffic()
             await self.train_and_swap(job)
             await self.measure_after_adaptation()
             await self.check_exactness_again()
             await self.roll_back()
+            await self.measure_without_speculation("no_speculation_after", self.second)
         finally:
             await self._close()
 
@@ -104,12 +105,11 @@ class Demo(Session):
         exactness.compare_sampled(self.exact, tokenizer, pairs, leads)
         self._say_exactness("transformers' generate and plain decoding")
 
-    async def measure_without_speculation(self) -> None:
-        """Measure the speed at which the target alone serves the first traffic."""
-        family = self.first.family
-        replies = await self._phase("no_speculation", f"{family.about}, speculation off", self.first,
-                                    PLAIN_REQUESTS, speculate=False)  # fmt: skip
-        self._keep_speed("no_speculation", measure.throughput(replies))
+    async def measure_without_speculation(self, name: str, deck: Deck) -> None:
+        """Measure the speed at which the target alone serves a kind of traffic."""
+        about = f"{deck.family.about}, speculation off"
+        replies = await self._phase(name, about, deck, PLAIN_REQUESTS, speculate=False)
+        self._keep_speed(name, measure.throughput(replies))
 
     async def measure_before_shift(self) -> None:
         """Serve the first traffic with the base draft; the watcher learns what is normal."""

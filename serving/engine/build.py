@@ -147,7 +147,7 @@ def _controller(settings: Settings, pair: Pair, target: ModelRunner, proposers: 
     engine = settings.engine
     if engine.controller == "fixed" or not proposers.members or not engine.gamma_max:
         order = (DraftProposer.name,) if proposers.draft else tuple(proposers.members)
-        return FixedGamma(engine.gamma, order)
+        return FixedGamma(min(engine.gamma, engine.gamma_max), order if engine.gamma_max else ())
     proposers.follow()
     table = cost_table(settings, pair, target, proposers.draft.runner if proposers.draft else None)
     return adaptive(
@@ -227,7 +227,7 @@ def _check_lengths(settings: Settings, positions: int) -> None:
         raise SettingsError(
             f"engine.max_model_len = {engine.max_model_len}: the target was trained for {positions} positions"
         )
-    if engine.gamma > engine.gamma_max:
+    if engine.controller == "fixed" and engine.gamma > engine.gamma_max:  # the adaptive one never asks for gamma
         raise SettingsError(f"engine.gamma = {engine.gamma} is more than engine.gamma_max = {engine.gamma_max}")
     if 0 < engine.kv_tokens < needed:
         raise SettingsError(

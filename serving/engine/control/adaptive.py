@@ -84,7 +84,7 @@ class AdaptiveController:
     # -- the interface of a controller ---------------------------------------------------------
 
     def choose(self, requests: list[Sequence], offers: list[dict[str, Offer]], shape: StepShape) -> list[Choice]:
-        """Choose for each ready request; one that named its own length gets exactly that."""
+        """Choose for each ready request; one that named its own length gets that, as far as it is offered."""
         if not requests:
             return []
         self._follow(shape.version)

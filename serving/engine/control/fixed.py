@@ -8,7 +8,10 @@ from serving.engine.sequence import Sequence
 
 
 class FixedGamma:
-    """Draft `gamma` tokens a round with the first proposer, by preference of `order`, that offers any."""
+    """Draft `gamma` tokens a round with the first proposer, by preference of `order`, that offers any.
+
+    An empty `order` never drafts, whatever a request asks for.
+    """
 
     def __init__(self, gamma: int, order: tuple[str, ...] = ("draft",)) -> None:
         self.gamma = gamma
@@ -25,7 +28,7 @@ class FixedGamma:
         """Nothing is kept."""
 
     def explain(self) -> dict[str, object]:
-        """Say that the length is fixed."""
+        """Say that the length is fixed, and whether anything may draft at all."""
         return {"controller": "fixed", "gamma": self.gamma, "drafts": bool(self._order)}
 
     def _one(self, request: Sequence, offers: dict[str, Offer]) -> Choice:
