@@ -268,3 +268,12 @@ def test_templates_write_json_as_transformers_does(tmp_path):
     assert template_here is not None
     assert template_here.render(messages, tools) == expected
     assert template_here.parses_calls
+
+
+def test_token_bytes_of_a_metaspace_vocabulary(spelled):
+    """A token that begins a word is told with its space, also where the decoder drops a text's first one."""
+    told = spelled["metaspace"]
+    words = [number for number in range(told.vocab_size) if told.token_text(number).startswith("▁")]
+    assert words
+    assert all(told.token_bytes(number) == told.token_text(number).replace("▁", " ").encode() for number in words)
+    assert any(told.decode([number]) == told.token_text(number)[1:] for number in words)

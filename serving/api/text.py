@@ -101,6 +101,8 @@ class TargetText:
         if self._byte_form == "byte_fallback":
             found = _BYTE_TOKEN.fullmatch(name)
             return bytes([int(found[1], 16)]) if found else name.replace("▁", " ").encode()
+        if self._byte_form == "metaspace":
+            return name.replace("▁", " ").encode()
         return self.decode([token_id], skip_special=False).encode()
 
     @property
@@ -139,7 +141,9 @@ def _byte_form(decoder: dict[str, Any]) -> str:
     kinds = {part.get("type") for part in [decoder, *decoder.get("decoders", [])]}
     if "ByteLevel" in kinds:
         return "byte_level"
-    return "byte_fallback" if "ByteFallback" in kinds else "text"
+    if "ByteFallback" in kinds:
+        return "byte_fallback"
+    return "metaspace" if "Metaspace" in kinds else "text"
 
 
 def _longest_token(spelled: dict[str, Any]) -> int | None:

@@ -88,7 +88,7 @@ def first_lead(decode: Callable[[list[int]], str], reference: dict[str, Any], te
     ids: list[int] = reference["token_ids"]
     for index, lead in enumerate(reference["leads"]):
         so_far = decode(ids[: index + 1]).rstrip(_PARTIAL)
-        if not text.startswith(so_far):
+        if not text.lstrip().startswith(so_far.lstrip()):  # some decoders drop the space that a text begins with
             return float(lead)
     return None
 

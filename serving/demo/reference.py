@@ -29,8 +29,8 @@ def greedy(model: Any, tokenizer: Any, prompt: str, max_tokens: int) -> dict[str
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, output_logits=True,
         return_dict_in_generate=True, pad_token_id=0,
     )  # fmt: skip
-    tokens = output.sequences[0, ids.shape[1] :].tolist()
-    return _answer(tokenizer, tokens, [_lead(step[0].double()) for step in output.logits])
+    tokens = output.sequences[0].tolist()
+    return _answer(tokenizer, tokens, ids.shape[1], [_lead(step[0].double()) for step in output.logits])
 
 
 def sampled(model: Any, tokenizer: Any, prompt: str, max_tokens: int, how: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def sampled(model: Any, tokenizer: Any, prompt: str, max_tokens: int, how: dict[
         tokens += fresh
         if fresh[0] in ends:
             break
-    return _answer(tokenizer, tokens[prompt_tokens:], leads)
+    return _answer(tokenizer, tokens, prompt_tokens, leads)
 
 
 def _perturbed(logits: torch.Tensor, position: int, how: dict[str, Any]) -> torch.Tensor:
@@ -78,8 +78,11 @@ def _lead(scores: torch.Tensor) -> float:
     return float(best[0] - best[1])
 
 
-def _answer(tokenizer: Any, tokens: list[int], leads: list[float]) -> dict[str, Any]:
-    return {"token_ids": tokens, "leads": leads, "text": tokenizer.decode(tokens, skip_special_tokens=True)}
+def _answer(tokenizer: Any, tokens: list[int], prompt_tokens: int, leads: list[float]) -> dict[str, Any]:
+    """Put an answer together; its text is what it adds to the prompt's, with the space it may begin with."""
+    prompt = tokenizer.decode(tokens[:prompt_tokens], skip_special_tokens=True)
+    text = tokenizer.decode(tokens, skip_special_tokens=True)[len(prompt) :]
+    return {"token_ids": tokens[prompt_tokens:], "leads": leads, "text": text}
 
 
 def main() -> int:
