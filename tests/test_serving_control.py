@@ -30,6 +30,7 @@ from control_simulator import (
 )
 from engine_rig import Rig, build_rig, counts_of, prompts
 from engine_rig import request as real_request
+from reachable import names_within
 from scipy import stats
 
 from adapter.contracts import Sampling
@@ -403,6 +404,18 @@ def test_probes_keep_to_their_share_of_the_time(share: float) -> None:
     assert chooser.explorer.spent_s <= (allowed if share else 0.0)
     assert (chooser.reasons["probe"] > 0) == (share > 0)
     assert machine.rate(200) >= (1 - 1.5 * share - 0.005) * fixed_rate(table, 0, 4, 0.0)
+
+
+def test_a_probe_ends_with_its_request() -> None:
+    """Requests that leave in the middle of a probe leave no name behind that a later one could inherit."""
+    chooser = controller(cpu_table(), explore_share=0.02)
+    machine = Machine(cpu_table(), chooser, lambda step: 0.0).batch(4)
+    while chooser.decision.reason != "probe" and machine.steps < 800:
+        machine.run(1)
+    names = {item.request_id for item in machine.requests}
+    assert names & set(names_within(chooser)), "the test would not notice"
+    machine.batch(0)
+    assert not names & set(names_within(chooser))
 
 
 @pytest.mark.parametrize("name", TABLES)

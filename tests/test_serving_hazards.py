@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import FunctionType, ModuleType
 
 import pytest
 import torch
 from control_simulator import controller, gpu_table
 from engine_rig import MIXED, Changing, Rig, build_rig, counts_of, plain, plain_each, prompts, request, requests_for
+from reachable import names_within
 from tiny_pair import pair_settings
 from transformers import LlamaForCausalLM
 
@@ -115,13 +114,13 @@ def test_serving_a2_a_broken_prompt_that_nobody_judged_is_emptied(rig, model):
 
 def test_serving_a4_nothing_remembers_a_request_that_ended(rig, ids):
     """After requests ended, or were cancelled waiting, reading and decoding, no part of the engine holds their name."""
-    rig.engine.controller = controller(gpu_table(), seed=1)
+    rig.engine.controller = controller(gpu_table(), seed=1, explore_share=1.0)
     items = [item for turn in range(4) for item in requests_for(ids, SEEDED, N, prefix=f"leak-{turn}-")]
     for item in items:
         rig.engine.submit(item)
     for step in range(12):
         rig.engine.step()
-        assert "leak-" in "".join(_names_within(rig.built)), "the test would not notice"
+        assert "leak-" in "".join(names_within(rig.built)), "the test would not notice"
         for item in (items[step], items[-1 - step]):
             rig.engine.end(item.request_id, "cancelled")
     rig.run([])
@@ -129,21 +128,7 @@ def test_serving_a4_nothing_remembers_a_request_that_ended(rig, ids):
     rig.log.outcomes.clear()
     del items, item
     rig.run([request("after", ids[0], 2)])
-    assert not [name for name in _names_within(rig.built) if "leak-" in name]
-
-
-def _names_within(root: object) -> Iterator[str]:
-    """Every text that can be reached from an object."""
-    seen, waiting = {id(root)}, [root]
-    while waiting:
-        for found in gc.get_referents(waiting.pop()):
-            if id(found) in seen or isinstance(found, (ModuleType, type, FunctionType)):
-                continue
-            seen.add(id(found))
-            if isinstance(found, str):
-                yield found
-            else:
-                waiting.append(found)
+    assert not [name for name in names_within(rig.built) if "leak-" in name]
 
 
 @pytest.mark.parametrize("rig", [{"prefill_tokens": 16}], indirect=True)

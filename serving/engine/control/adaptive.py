@@ -125,6 +125,7 @@ class AdaptiveController:
     def forget(self, request: Sequence) -> None:
         """Keep what a finished request taught about its kind, and nothing else of it."""
         self.beliefs.forget(request.request_id)
+        self.explorer.forget(request.request_id)
         self._kinds.pop(request.request_id, None)
 
     def explain(self) -> dict[str, object]:

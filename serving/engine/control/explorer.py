@@ -58,6 +58,11 @@ class Explorer:
         """Hear that speculation pays again."""
         self._failures = 0
 
+    def forget(self, request: str) -> None:
+        """End the probe of a request that ended, so that a later one of its name does not inherit it."""
+        if self._current and self._current[0] == request:
+            self._current = None
+
     def pick(self, candidates: list[tuple[str, str, float, float]]) -> tuple[str, str] | None:
         """Choose a request and a proposer to try in this round, or None.
 
