@@ -1,10 +1,11 @@
 """Linear layers with a second copy of their weight, laid out once for the CPU's vector instructions.
 
 y = x Wᵀ + b, float32 accumulation.  A plain product lays its weight out anew on every call, which for
-a few rows costs as much as the multiplication; oneDNN's own layout is written once (docs/experiments.md
-has the table the row limits come from).  Packed storage cannot be written to: after changing `weight`
-in place, call `pack` again.  A layer that may be inexact, which a draft's may, also keeps its weight in
-int8, one scale an output, and quantises the inputs of small batches, one scale a row.
+a few rows costs as much as the multiplication.  A `compiled` layer keeps the layout of our own kernels
+(kernels/cpu); others keep oneDNN's (docs/experiments.md has the table the row limits come from), and
+where they may be inexact, which a draft's may, also their weight in int8, one scale an output, and
+quantise the inputs of small batches, one scale a row.  After changing `weight` in place, call `pack`
+again.
 
 Shapes: x [..., in], weight [out, in], bias [out]; bfloat16 or float32 throughout.
 """
@@ -16,9 +17,18 @@ from typing import Any
 
 import torch
 
+from kernels.cpu.forward import linear
+from kernels.cpu.library import unavailable
+from kernels.cpu.packing import PackedWeight, pack
+
 _ROWS_HINT = 16  # a layout chosen for 1 row is slow for 2 to 8; one chosen for 8 or 16 is good from 1 to 300
 _INT8_ROWS = range(1, 33)  # longer ones are prompts; their first tokens have inputs that int8 cannot hold
 _FLOAT32_ROWS = range(3, 65)  # below, reading the plain weight is all the work; above, both are compute bound
+
+
+def can_compile() -> bool:
+    """Whether layers can be packed for our own kernels here."""
+    return unavailable() is None
 
 
 def packing_works() -> bool:
@@ -48,11 +58,16 @@ class PackedLinear(torch.nn.Linear):
     """A linear layer that multiplies with a packed copy of its weight where that is faster."""
 
     packed: torch.Tensor | None = None
+    panels: PackedWeight | None = None
+    compiled = False  # packed for our own kernels?
     int8 = False  # may a bfloat16 layer be inexact?
     quantized: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # packed weight, scales, zeros
 
     def pack(self) -> None:
         """Pack the weight as it is now."""
+        if self.compiled:
+            self.panels = pack(self.weight, self.bias, exact=not (self.int8 and self.weight.dtype == torch.bfloat16))
+            return
         weight = self.weight.detach().contiguous()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
         if self.int8 and weight.dtype == torch.bfloat16 and self.bias is None:
@@ -60,6 +75,8 @@ class PackedLinear(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply; with the plain weight while nothing is packed, or for so many rows."""
+        if self.panels is not None:
+            return linear(x, self.panels)
         packed, rows = self.packed, x.numel() // x.shape[-1]
         if self.quantized is not None and rows in _INT8_ROWS:
             return _int8_product(x, *self.quantized)
@@ -69,7 +86,7 @@ class PackedLinear(torch.nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the packed copies out of copies and pickles: their storage is opaque."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("packed", "quantized")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("packed", "quantized", "panels")}
 
 
 def _quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,17 +117,18 @@ def from_weight(weight: torch.nn.Parameter, bias: torch.nn.Parameter | None = No
 
 def pack_linears(
     model: torch.nn.Module, like: torch.nn.Module | None = None, only: Collection[str] | None = None,
-    *, int8: bool = False,
+    *, int8: bool = False, compiled: bool = False,
 ) -> None:  # fmt: skip
     """Turn bias-free linears of a model into packed ones, or pack them again.
 
     Those of a dtype that does not pack here stay, and those that `only`, if given, does not name.
     Layers whose weight is the very tensor that `like`, a packed model of the same shape, has there
-    use its packed copy instead of making their own.  `int8` lets the bfloat16 ones be inexact.
+    use its packed copy instead of making their own.  `int8` lets the bfloat16 ones be inexact, `compiled`
+    packs for our own kernels.
     """
     for name, child in list(model.named_modules()):
         wanted = type(child) is torch.nn.Linear and child.bias is None and (only is None or name in only)
-        if wanted and can_pack(child.weight.dtype):
+        if wanted and (compiled or can_pack(child.weight.dtype)):
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, from_weight(child.weight))
     twins = dict(like.named_modules()) if like is not None else {}
@@ -118,7 +136,7 @@ def pack_linears(
         if isinstance(module, PackedLinear):
             twin = twins.get(name)
             if twin is not module and isinstance(twin, PackedLinear) and twin.weight is module.weight:
-                module.packed, module.quantized = twin.packed, twin.quantized
+                module.packed, module.quantized, module.panels = twin.packed, twin.quantized, twin.panels
             else:
-                module.int8 = int8 and can_quantize()
+                module.int8, module.compiled = int8 and (compiled or can_quantize()), compiled
                 module.pack()

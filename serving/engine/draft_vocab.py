@@ -53,7 +53,7 @@ class TrimmedHead:
         bias = None if head.bias is None else torch.nn.Parameter(head.bias.detach()[ids], requires_grad=False)
         self._linear = from_weight(weight, bias)  # multiplies plainly while it is not packed
         if isinstance(head, PackedLinear):
-            self._linear.int8 = head.int8
+            self._linear.int8, self._linear.compiled = head.int8, head.compiled
             self._linear.pack()
 
     @property

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch.nn.functional import embedding, silu
 
+from kernels.cpu import forward as compiled_forward
 from kernels.packed_linear import PackedLinear, can_pack, can_quantize, from_weight
-from serving.engine.attention import KVPool, Layout, attend, store
+from serving.engine.attention import KVPool, Layout, Row, attend, build_layout
+from serving.engine.compiled import CompiledLlama, rotary_tables
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length
@@ -66,6 +68,10 @@ class _Norm:
         scaled = x * factor  # float32, because `factor` is
         return (scaled if x.dtype == torch.float32 else scaled.to(x.dtype)).mul_(self.weight)
 
+    def compiled(self) -> compiled_forward.Norm:
+        """The same norm for the compiled layers, with its weight as it is now."""
+        return compiled_forward.Norm(self.weight.detach().float().contiguous(), float(self.epsilon))
+
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
@@ -97,19 +103,29 @@ class LeanLlama:
         self._norm = _norm(inner.norm)
         self._rotary = inner.rotary_emb
         self._cos = self._sin = torch.empty(0)
+        self._compiled: CompiledLlama | None = None
 
-    def pack(self, *, int8: bool = False) -> None:
+    def pack(self, *, int8: bool = False, compiled: bool = False) -> None:
         """Pack the weights as they are now, where that is faster; `int8` lets bfloat16 ones be inexact.
 
-        Not `down` in float32: its inputs hold single values in the thousands, and the packed product,
-        which adds them up in one go, is several times less exact there and hardly faster.
+        `compiled` packs for our own kernels and runs all layers there.  oneDNN does not pack `down` in
+        float32: its inputs hold single values in the thousands, and the packed product, which adds them
+        up in one go, is several times less exact there and hardly faster.
         """
+        compiled = compiled and self._dim in compiled_forward.HEAD_DIMS
         for layer in self._layers:
             for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
                 exact = linear is layer.down and linear.weight.dtype == torch.float32
-                linear.int8 = int8 and can_quantize()
-                if can_pack(linear.weight.dtype) and not exact:
+                linear.int8, linear.compiled = int8 and (compiled or can_quantize()), compiled
+                if compiled or (can_pack(linear.weight.dtype) and not exact):
                     linear.pack()
+        self._compiled = self._compile() if compiled else None
+
+    def run(self, tokens: torch.Tensor, pool: KVPool, rows: list[Row], wanted: torch.Tensor | None) -> torch.Tensor:
+        """Process the tokens of a step, short rows first; arguments and result as those of `states`."""
+        if self._compiled is not None:
+            return self._compiled.states(embedding(tokens, self._embedding), pool, rows, wanted)
+        return self.states(tokens, pool, build_layout(rows, pool.block_tokens, pool.dtype, pool.shared), wanted)
 
     def states(self, tokens: torch.Tensor, pool: KVPool, layout: Layout, wanted: torch.Tensor | None) -> torch.Tensor:
         """Process the tokens of a step and return the normed states of the wanted rows; None wants all.
@@ -124,9 +140,6 @@ class LeanLlama:
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
             query, key, value = self._project(layer, x, cos, sin)
-            if number == last and wanted is not None and not len(wanted):
-                store(pool, layout, number, key, value)  # a chunk of a prompt: only its keys and values matter
-                return x[:0]
             attended = attend(pool, layout, number, query, key, value, layer.scaling).flatten(1)
             if number == last and wanted is not None:
                 x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
@@ -149,13 +162,21 @@ class LeanLlama:
         turned = torch.addcmul(turned * cos, turned.roll(self._dim // 2, -1), sin)
         return turned[:, : self._heads], turned[:, self._heads :], qkv[:, rotating:]
 
+    def _compile(self) -> CompiledLlama:
+        layers = [
+            compiled_forward.Layer(
+                layer.input_norm.compiled(), layer.qkv.panels, layer.head_norm and layer.head_norm.compiled(),
+                layer.output.panels, layer.mlp_norm.compiled(), layer.gate_up.panels, layer.down.panels, layer.scaling,
+            )
+            for layer in self._layers
+        ]  # fmt: skip
+        parts = compiled_forward.Layers(
+            layers, self._norm.compiled(), heads=self._heads, kv_heads=self._kv_heads, dim=self._dim
+        )
+        return CompiledLlama(parts, self._rotary)
+
     def _extend_tables(self, end: int, like: torch.Tensor) -> None:
-        """Take cosines and sines of more positions from the model's own rotary module."""
-        positions = torch.arange(1 << (end - 1).bit_length())[None]
-        cos, sin = self._rotary(like, positions)
-        sin = sin[0].clone()
-        sin[:, : self._dim // 2].neg_()
-        self._cos, self._sin = cos[0], sin
+        self._cos, self._sin = rotary_tables(self._rotary, end, like)
 
 
 def _norm(module: Any) -> _Norm:

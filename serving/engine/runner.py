@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import structlog
 import torch
 
-from kernels.packed_linear import pack_linears
+from kernels.packed_linear import can_compile, pack_linears
 from serving.engine.attention import IMPLEMENTATION, KVPool, Row, build_layout
 from serving.engine.llama import LeanLlama, lean_reason
 
@@ -42,12 +42,14 @@ class Forwards:
         lean: run models lean where their architecture is known; False leaves all to transformers.
         pack: keep a second copy of linear weights where that is faster.
         int8: let the products of bfloat16 models be inexact; for drafts only.
+        compiled: pack for our own kernels, where they can be compiled.
     """
 
-    def __init__(self, *, lean: bool = True, pack: bool = True, int8: bool = False) -> None:
+    def __init__(self, *, lean: bool = True, pack: bool = True, int8: bool = False, compiled: bool = True) -> None:
         self._lean = lean
         self._pack = pack
         self._int8 = int8
+        self._compiled = pack and compiled and can_compile()
         self._built: WeakKeyDictionary[Any, LeanLlama | None] = WeakKeyDictionary()
 
     def prepare(self, model: Any, like: Any = None) -> None:
@@ -60,8 +62,9 @@ class Forwards:
             model.set_attn_implementation(IMPLEMENTATION)
         if self._pack:
             if lean is not None:
-                lean.pack(int8=self._int8)
-            pack_linears(model, like, only=None if lean is None else ("lm_head",), int8=self._int8)
+                lean.pack(int8=self._int8, compiled=self._compiled)
+            only = None if lean is None else ("lm_head",)
+            pack_linears(model, like, only=only, int8=self._int8, compiled=self._compiled)
         self._built[model] = lean
 
     def of(self, model: Any) -> LeanLlama | None:
@@ -113,14 +116,14 @@ class ModelRunner:
             return TargetOutput(torch.empty(0, 0))
         order = sorted(range(len(work)), key=lambda i: len(work[i].token_ids))
         rows = [Row(work[i].block_table, work[i].start, len(work[i].token_ids)) for i in order]
-        layout = build_layout(rows, self.pool.block_tokens, self.pool.dtype, self.pool.shared)
         tokens = torch.tensor([token for i in order for token in work[i].token_ids])
         used = self.model if model is None else model
         wanted = _wanted(work, order)
         lean = self.forwards.of(used)
         if lean is not None:
-            states = lean.states(tokens, self.pool, layout, wanted)
+            states = lean.run(tokens, self.pool, rows, wanted)
         else:
+            layout = build_layout(rows, self.pool.block_tokens, self.pool.dtype, self.pool.shared)
             states = used.model(
                 input_ids=tokens[None], position_ids=layout.positions[None], use_cache=False, paged=(self.pool, layout)
             ).last_hidden_state[0]

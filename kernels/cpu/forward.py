@@ -1,0 +1,150 @@
+"""Call the C kernels on torch's memory: one product, or all layers of a model.
+
+The structures repeat those of linear.h and llama.c field by field.  Nothing here copies a tensor; what
+a structure points into is kept alive by the object that holds it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from kernels.cpu.library import load
+from kernels.cpu.packing import Format, PackedWeight
+
+HEAD_DIMS = (16, 32, 64, 96, 128, 256)
+
+_Pointer, _Int, _Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("panels", _Pointer), ("bias", _Pointer), ("outputs", _Int), ("inputs", _Int), ("format", _Int)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("qkv", _Matrix), ("output", _Matrix), ("gate_up", _Matrix), ("down", _Matrix),
+        ("input_norm", _Pointer), ("mlp_norm", _Pointer), ("head_norm", _Pointer),
+        ("input_epsilon", _Float), ("head_epsilon", _Float), ("mlp_epsilon", _Float), ("scaling", _Float),
+    ]  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        ("layers", _Pointer), ("norm", _Pointer), ("epsilon", _Float), ("num_layers", _Int), ("hidden", _Int),
+        ("heads", _Int), ("kv_heads", _Int), ("dim", _Int), ("ffn", _Int),
+    ]  # fmt: skip
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        ("positions", _Pointer), ("slots", _Pointer), ("requests", _Pointer), ("tables", _Pointer),
+        ("wanted", _Pointer), ("cos", _Pointer), ("sin", _Pointer), ("keys", _Pointer), ("values", _Pointer),
+        ("tokens", _Int), ("width", _Int), ("num_wanted", _Int), ("longest", _Int), ("block_tokens", _Int),
+        ("cache_format", _Int),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Root mean square norm: weight [dim] float32 and epsilon."""
+
+    weight: torch.Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Parts of one layer; head_norm's weight is [heads + kv_heads, dim]."""
+
+    input_norm: Norm
+    qkv: PackedWeight
+    head_norm: Norm | None
+    output: PackedWeight
+    mlp_norm: Norm
+    gate_up: PackedWeight
+    down: PackedWeight
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """New tokens of several requests, and where their caches lie.
+
+    Shapes: positions, slots [tokens] int64; requests [tokens] int32, rows of tables [requests, width] int32;
+    wanted [rows] int64 indices of tokens; keys and values one tensor [slots, kv_heads, dim] a layer.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    requests: torch.Tensor
+    tables: torch.Tensor
+    wanted: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    block_tokens: int
+    longest: int
+
+
+def linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """Return x Wᵀ + b.  Shapes: x [..., inputs]; result [..., outputs] in x's dtype, summed in float32."""
+    rows = x.float().reshape(-1, weight.inputs).contiguous()
+    out = torch.empty(len(rows), weight.outputs)
+    matrix = _matrix(weight)
+    load().linear(ctypes.byref(matrix), rows.data_ptr(), out.data_ptr(), len(rows), torch.get_num_threads())
+    return out.to(x.dtype).view(*x.shape[:-1], weight.outputs)
+
+
+class Layers:
+    """All layers of a Llama-shaped model, ready to be called.
+
+    Args:
+        norm: the final one.
+        ffn: inputs of each layer's last product.
+    """
+
+    def __init__(self, layers: list[Layer], norm: Norm, *, heads: int, kv_heads: int, dim: int) -> None:
+        self._kept = (layers, norm)
+        self._array = (_Layer * len(layers))(*[_layer(item) for item in layers])
+        self._model = _Model(
+            ctypes.addressof(self._array), norm.weight.data_ptr(), norm.epsilon, len(layers), len(norm.weight),
+            heads, kv_heads, dim, layers[0].down.inputs,
+        )  # fmt: skip
+        self._library = load()
+
+    def states(self, x: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Write the caches of the new tokens and return the normed states of the wanted ones.
+
+        Shapes: x [tokens, hidden] float32, overwritten; cos and sin [positions, dim] float32, the sines' first
+        half negated; result [wanted, hidden].
+        """
+        keys = (_Pointer * len(batch.keys))(*[item.data_ptr() for item in batch.keys])
+        values = (_Pointer * len(batch.values))(*[item.data_ptr() for item in batch.values])
+        cache = Format.BFLOAT16 if batch.keys[0].dtype == torch.bfloat16 else Format.FLOAT32
+        arguments = _Batch(
+            batch.positions.data_ptr(), batch.slots.data_ptr(), batch.requests.data_ptr(), batch.tables.data_ptr(),
+            batch.wanted.data_ptr(), cos.data_ptr(), sin.data_ptr(), ctypes.addressof(keys), ctypes.addressof(values),
+            len(x), batch.tables.shape[1], len(batch.wanted), batch.longest, batch.block_tokens, cache,
+        )  # fmt: skip
+        threads = torch.get_num_threads()
+        model, given = ctypes.byref(self._model), ctypes.byref(arguments)
+        scratch = torch.empty(self._library.llama_scratch(model, given, threads))
+        self._library.llama_states(model, given, x.data_ptr(), scratch.data_ptr(), threads)
+        return x[: len(batch.wanted)]
+
+
+def _matrix(weight: PackedWeight) -> _Matrix:
+    bias = None if weight.bias is None else weight.bias.data_ptr()
+    return _Matrix(weight.panels.data_ptr(), bias, weight.outputs, weight.inputs, weight.format)
+
+
+def _layer(layer: Layer) -> _Layer:
+    head = layer.head_norm
+    return _Layer(
+        _matrix(layer.qkv), _matrix(layer.output), _matrix(layer.gate_up), _matrix(layer.down),
+        layer.input_norm.weight.data_ptr(), layer.mlp_norm.weight.data_ptr(),
+        None if head is None else head.weight.data_ptr(), layer.input_norm.epsilon,
+        0.0 if head is None else head.epsilon, layer.mlp_norm.epsilon, layer.scaling,
+    )  # fmt: skip

@@ -1,0 +1,118 @@
+"""Compile the C kernels for this very CPU, once, and load them.
+
+The result lies in the cache folder under a name made of everything it depends on, so that another
+machine, another compiler or another version of the sources never meets it.  Without a C compiler, or
+on a CPU without AVX-512, there is no library and `unavailable` says why; torch computes then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_COMPILERS = ("cc", "gcc", "clang")
+_TIMEOUT_S = 120
+
+
+class LibraryUnavailable(RuntimeError):
+    """There is no library; the message says why and what would change that."""
+
+
+def unavailable() -> str | None:
+    """Say why the C kernels cannot be used here; None when they can.  Compiles them if need be."""
+    try:
+        load()
+    except LibraryUnavailable as error:
+        return str(error)
+    return None
+
+
+def load() -> ctypes.CDLL:
+    """Return the library of this machine.
+
+    Raises:
+        LibraryUnavailable: it cannot be had here.
+    """
+    loaded = _load()
+    if isinstance(loaded, LibraryUnavailable):
+        raise loaded
+    return loaded
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | LibraryUnavailable:
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return LibraryUnavailable("this CPU has no AVX-512")
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), *_COMPILERS))), None)
+    if compiler is None:
+        return LibraryUnavailable("no C compiler was found; install gcc or name one in CC")
+    try:
+        path = _folder() / f"llama-{_identity(compiler)}.so"
+        if not path.exists():
+            _compile(compiler, path)
+        return _declare(ctypes.CDLL(str(path)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        return LibraryUnavailable(f"{compiler} could not build the C kernels: {said.strip().splitlines()[-1]}")
+
+
+def _folder() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftsmith" / "kernels"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return cache
+    except OSError:  # nowhere to keep it: built again by every process
+        return Path(tempfile.mkdtemp(prefix="draftsmith-kernels-"))
+
+
+def _identity(compiler: str) -> str:
+    digest = hashlib.sha256(" ".join(_FLAGS).encode())
+    for source in sorted((*SOURCES.glob("*.c"), *SOURCES.glob("*.h"))):
+        digest.update(source.read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_TIMEOUT_S, check=True)
+    digest.update(version.stdout)
+    digest.update(b"".join(_cpu_lines()))
+    return digest.hexdigest()[:16]
+
+
+def _cpu_lines() -> list[bytes]:
+    """What tells one kind of CPU from another, as Linux says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if line.split(b"\t")[0].strip() in (b"model name", b"flags")]
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Build beside the place and move there, so that nobody loads half a file."""
+    handle, unfinished = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    try:
+        command = [compiler, *_FLAGS, str(SOURCES / "llama.c"), "-o", unfinished, "-lm"]
+        subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+        os.chmod(unfinished, 0o755)
+        os.replace(unfinished, path)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    library.linear.argtypes = [pointer, pointer, pointer, number, number]
+    library.linear.restype = None
+    library.llama_scratch.argtypes = [pointer, pointer, number]
+    library.llama_scratch.restype = ctypes.c_size_t
+    library.llama_states.argtypes = [pointer, pointer, pointer, pointer, number]
+    library.llama_states.restype = None
+    return library

@@ -1,0 +1,67 @@
+"""The layers of a Llama-shaped model in compiled code: what they need of a step, laid out for them.
+
+Called by `serving.engine.llama`, where a C compiler was found.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels.cpu.forward import Batch, Layers
+from serving.engine.attention import KVPool, Row
+
+
+class CompiledLlama:
+    """Compiled layers and the rotary tables they read.
+
+    Args:
+        rotary: the model's own rotary module.
+    """
+
+    def __init__(self, layers: Layers, rotary: Any) -> None:
+        self._layers = layers
+        self._rotary = rotary
+        self._cos = self._sin = torch.empty(0)
+
+    def states(self, x: torch.Tensor, pool: KVPool, rows: list[Row], wanted: torch.Tensor | None) -> torch.Tensor:
+        """Write the caches of the new tokens and return the normed states of the wanted ones; None wants all.
+
+        Shapes: x [tokens, hidden], embeddings in any dtype; wanted [rows]; result [rows, hidden] in that dtype.
+        """
+        batch = _batch(rows, pool, torch.arange(len(x)) if wanted is None else wanted)
+        if batch.longest > len(self._cos):
+            self._cos, self._sin = rotary_tables(self._rotary, batch.longest, torch.empty(0))
+        return self._layers.states(x.float(), batch, self._cos, self._sin).to(x.dtype)
+
+
+def rotary_tables(rotary: Any, end: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines, their first half negated, of at least `end` positions.
+
+    Shapes: both [positions, dim], in the dtype of `like`.
+    """
+    cos, sin = rotary(like, torch.arange(1 << (end - 1).bit_length())[None])
+    sin = sin[0].clone()
+    sin[:, : sin.shape[1] // 2].neg_()
+    return cos[0], sin
+
+
+def _batch(rows: list[Row], pool: KVPool, wanted: torch.Tensor) -> Batch:
+    lengths = np.array([row.length for row in rows])
+    starts = np.array([row.start for row in rows])
+    longest = int((starts + lengths).max())
+    width = -(-longest // pool.block_tokens)
+    tables = np.zeros((len(rows), width), dtype=np.int32)
+    for i, row in enumerate(rows):
+        used = row.block_table[:width]
+        tables[i, : len(used)] = used
+    requests = np.repeat(np.arange(len(rows), dtype=np.int32), lengths)
+    positions = np.arange(len(requests)) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    slots = tables[requests, positions // pool.block_tokens].astype(np.int64) * pool.block_tokens
+    slots += positions % pool.block_tokens
+    return Batch(
+        torch.from_numpy(positions), torch.from_numpy(slots), torch.from_numpy(requests), torch.from_numpy(tables),
+        wanted, pool.token_keys, pool.token_values, pool.block_tokens, longest,
+    )  # fmt: skip
