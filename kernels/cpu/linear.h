@@ -146,7 +146,7 @@ static void panel_product(const struct matrix *m, int panel, const float *x, siz
     const int blocks = (m->inputs + BLOCK - 1) / BLOCK;
     const uint8_t *at = (const uint8_t *)m->panels + (size_t)panel * blocks * block_bytes(m->format);
     const int tiles = (rows + TILE - 1) / TILE;
-    const int shared = tiles > 1 && m->format != FLOAT32;
+    const int shared = tiles > 3 && m->format != FLOAT32;
     for (int i = 0; i < rows * PANEL; i += LANES) _mm512_store_ps(total + i, _mm512_setzero_ps());
     for (int first = 0; first < m->inputs; first += CHUNK, at += chunk_bytes) {
         const int count = m->inputs - first < CHUNK ? m->inputs - first : CHUNK;

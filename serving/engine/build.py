@@ -23,6 +23,7 @@ from adapter.pairs import Pair
 from adapter.registry import Registry
 from adapter.settings import Settings
 from adapter.streams import StreamPublisher
+from kernels.cpu.library import unavailable
 from kernels.packed_linear import packing_works
 from serving.engine import attention
 from serving.engine.control.adaptive import adaptive
@@ -83,7 +84,8 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
     sizes = measure_pair(pair, settings.engine, draft_dtype=_draft_dtype(pair), packs=_packs(settings))
     plan = plan_memory(settings.engine, sizes, available_bytes())
     log.info("memory_planned", kv_tokens=plan.kv_tokens, **{f"{name}_gib": gib for name, gib in plan.terms().items()})
-    forwards = Forwards(lean=settings.engine.lean, pack=_packs(settings))
+    _say_compiled(settings)
+    forwards = _forwards(settings)
     target = load_target(pair)
     expected = generic_logits(target)
     num_blocks = plan.kv_tokens // settings.engine.block_tokens + 1
@@ -94,7 +96,7 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
     scheduler = _scheduler(settings, num_blocks, runner.pool.clear)
     if pair.draft_kind != "none" and DraftProposer.name in settings.engine.proposers:
         draft = _load_draft(pair, target)
-        draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings), _draft_forwards(settings))
+        draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings), _forwards(settings, int8=settings.engine.draft_int8))
         vocabulary = open_vocabulary(settings, pair, database, draft.get_output_embeddings())
         hotswap = _hotswap(settings, pair, registry, draft_runner, draft, vocabulary)
         members.append(
@@ -170,8 +172,16 @@ def _load_draft(pair: Pair, target: Any) -> Any:
     return load_draft(pair, dtype, shared=target if DTYPES[pair.dtype] == dtype else None)
 
 
-def _draft_forwards(settings: Settings) -> Forwards:
-    return Forwards(lean=settings.engine.lean, pack=_packs(settings), int8=settings.engine.draft_int8)
+def _forwards(settings: Settings, *, int8: bool = False) -> Forwards:
+    engine = settings.engine
+    return Forwards(lean=engine.lean, pack=_packs(settings), int8=int8, compiled=engine.compiled)
+
+
+def _say_compiled(settings: Settings) -> None:
+    """Compile the C kernels now, once for all models, and say so where that cannot be done."""
+    engine = settings.engine
+    if engine.lean and engine.pack and engine.compiled and (reason := unavailable()):
+        log.warning("not_compiled", reason=reason, effect="torch computes instead, several times slower")
 
 
 def _packs(settings: Settings) -> bool:

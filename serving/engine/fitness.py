@@ -64,6 +64,9 @@ def generic_logits(model: Any) -> torch.Tensor:
 def check_forward(runner: ModelRunner, expected: torch.Tensor) -> None:
     """Compare a runner with what its model said before it was changed to run here; writes to block 0 alone.
 
+    The middle one of the positions counts: bfloat16 rounding can spoil a model's own first one, which
+    many models use as a sink of attention, while what is done to logits is done at every position.
+
     Raises:
         SettingsError: the logits are not the model's own, beyond what its dtype explains.
     """
@@ -71,7 +74,7 @@ def check_forward(runner: ModelRunner, expected: torch.Tensor) -> None:
     tokens = _probe(model)[:size]
     logits = runner.forward([Work([0], 0, tokens, len(tokens))])
     expected = expected[: len(tokens)]
-    off = float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-9))
+    off = float(((logits - expected).abs().amax(-1) / expected.abs().amax(-1).clamp_min(1e-9)).median())
     if not off <= _TOLERANCE.get(model.dtype, max(_TOLERANCE.values())):
         raise SettingsError(
             f"target of type {model.config.model_type!r} does more to its logits than its output head: here they are "

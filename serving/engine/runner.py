@@ -49,7 +49,7 @@ class Forwards:
         self._lean = lean
         self._pack = pack
         self._int8 = int8
-        self._compiled = pack and compiled and can_compile()
+        self.compiled = pack and compiled and can_compile()
         self._built: WeakKeyDictionary[Any, LeanLlama | None] = WeakKeyDictionary()
 
     def prepare(self, model: Any, like: Any = None) -> None:
@@ -62,9 +62,9 @@ class Forwards:
             model.set_attn_implementation(IMPLEMENTATION)
         if self._pack:
             if lean is not None:
-                lean.pack(int8=self._int8, compiled=self._compiled)
+                lean.pack(int8=self._int8, compiled=self.compiled)
             only = None if lean is None else ("lm_head",)
-            pack_linears(model, like, only=only, int8=self._int8, compiled=self._compiled)
+            pack_linears(model, like, only=only, int8=self._int8, compiled=self.compiled)
         self._built[model] = lean
 
     def of(self, model: Any) -> LeanLlama | None:

@@ -36,7 +36,7 @@ def cost_table(
     clock: Callable[[], float] = time.perf_counter,
 ) -> CostTable:  # fmt: skip
     """Return the costs of this pair on this machine, measured now or kept from an earlier start."""
-    fingerprint = fingerprint_of({"machine": machine_facts(), **_pair_facts(settings, pair, draft)})
+    fingerprint = fingerprint_of({"machine": machine_facts(), **_pair_facts(settings, pair, target, draft)})
 
     spread = settings.engine.max_batch
     verify = timer(target, _ROUND, spread, clock)
@@ -105,14 +105,14 @@ def machine_facts() -> dict[str, object]:
     }  # fmt: skip
 
 
-def _pair_facts(settings: Settings, pair: Pair, draft: ModelRunner | None) -> dict[str, object]:
+def _pair_facts(settings: Settings, pair: Pair, target: ModelRunner, draft: ModelRunner | None) -> dict[str, object]:
     engine = settings.engine
     return {
         "target": pair.target_fingerprint, "base": pair.base_fingerprint if draft else None, "dtype": pair.dtype,
         "draft_dtype": str(draft.pool.dtype) if draft else None, "draft_vocab_size": engine.draft_vocab_size,
         "max_batch": engine.max_batch, "gamma_max": engine.gamma_max, "block_tokens": engine.block_tokens,
         "max_model_len": engine.max_model_len, "lean": engine.lean, "pack": engine.pack,
-        "draft_int8": engine.draft_int8, "draftsmith": metadata.version("draftsmith"),
+        "draft_int8": engine.draft_int8, "compiled": target.forwards.compiled, "draftsmith": metadata.version("draftsmith"),
     }  # fmt: skip
 
 
