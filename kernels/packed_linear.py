@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kernels.cpu.forward import linear
+from kernels.cpu import forward as compiled_forward
 from kernels.cpu.library import unavailable
 from kernels.cpu.packing import PackedWeight, pack
 
@@ -39,8 +39,10 @@ def packing_works() -> bool:
         return False
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether packed layers of this dtype are faster than plain ones here."""
+def can_pack(dtype: torch.dtype, *, compiled: bool = False) -> bool:
+    """Whether packed layers of this dtype are faster than plain ones here; `compiled` lets our own kernels count."""
+    if compiled and can_compile():
+        return True
     if dtype == torch.float32:
         return bool(torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512")
     return dtype == torch.bfloat16 and packing_works()
@@ -65,6 +67,7 @@ class PackedLinear(torch.nn.Linear):
 
     def pack(self) -> None:
         """Pack the weight as it is now."""
+        self.packed = self.panels = self.quantized = None
         if self.compiled:
             self.panels = pack(self.weight, self.bias, exact=not (self.int8 and self.weight.dtype == torch.bfloat16))
             return
@@ -76,7 +79,7 @@ class PackedLinear(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply; with the plain weight while nothing is packed, or for so many rows."""
         if self.panels is not None:
-            return linear(x, self.panels)
+            return compiled_forward.linear(x, self.panels)
         packed, rows = self.packed, x.numel() // x.shape[-1]
         if self.quantized is not None and rows in _INT8_ROWS:
             return _int8_product(x, *self.quantized)
@@ -137,6 +140,7 @@ def pack_linears(
             twin = twins.get(name)
             if twin is not module and isinstance(twin, PackedLinear) and twin.weight is module.weight:
                 module.packed, module.quantized, module.panels = twin.packed, twin.quantized, twin.panels
+                module.int8, module.compiled = twin.int8, twin.compiled
             else:
                 module.int8, module.compiled = int8 and (compiled or can_quantize()), compiled
                 module.pack()

@@ -35,7 +35,7 @@ def test_every_package_is_a_regular_one() -> None:
 
 
 def test_files_that_are_not_code_travel_along() -> None:
-    """Every file under adapter/data and the dashboard's folders is matched by package-data."""
+    """Every file under adapter/data and the dashboard's folders, and all C sources, are matched by package-data."""
     patterns = PROJECT["tool"]["setuptools"]["package-data"]
     for package, globs in patterns.items():
         root = ROOT / package.replace(".", "/")
@@ -49,6 +49,10 @@ def test_files_that_are_not_code_travel_along() -> None:
             if path.is_file() and path.suffix not in (".py", ".pyc")
         }
         assert expected <= shipped
+    sources = {path.relative_to(ROOT) for top in TOP for path in (ROOT / top).rglob("*.[ch]")}
+    assert sources
+    for source in sources:
+        assert "*" + source.suffix in patterns[".".join(source.parent.parts)], source
 
 
 def test_transformers_does_not_take_our_kernels_for_its_neighbour() -> None:

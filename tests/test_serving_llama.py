@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from kernels.packed_linear import PackedLinear, can_pack, packing_works
+from kernels.packed_linear import PackedLinear, can_compile, can_pack, packing_works
 from serving.engine import attention
 from serving.engine.llama import lean_reason
 from serving.engine.runner import Forwards, ModelRunner, Work
@@ -38,16 +38,25 @@ LLAMA3 = {
 FAMILY: dict[str, tuple[type, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True)),
     "llama3 with biases": (
-        LlamaForCausalLM, LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3),
+        LlamaForCausalLM,
+        LlamaConfig(**SHAPE, head_dim=16, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3),
     ),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=16)),
     "mistral": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=None, head_dim=16)),
 }  # fmt: skip
+WIDER = SHAPE | {"hidden_size": 64, "intermediate_size": 96}  # whole blocks of 32 inputs
+FAMILY |= {f"heads of {dim}": (Qwen3ForCausalLM, Qwen3Config(**WIDER, head_dim=dim)) for dim in (32, 64, 96, 128, 256)}
+HOW: dict[str, dict[str, Any]] = {
+    "plain": {"pack": False}, "packed": {"compiled": False}, "compiled": {},
+}  # fmt: skip
 TABLES = {
     "consecutive": ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]),
     "scattered": ([9, 2, 30, 4, 25, 6, 1, 8, 3, 10], [13, 11, 12], [17, 5, 16, 7]),
 }
+
+
+needs_kernels = pytest.mark.skipif(not can_compile(), reason="no C kernels here; test_kernels_cpu.py says why")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,20 +113,63 @@ def feed(used: ModelRunner, texts: list[list[int]], tables: tuple[list[int], ...
 
 @pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("tables", TABLES)
-@pytest.mark.parametrize("pack", [False, True])
-def test_logits_are_those_of_transformers(name, tables, pack):
+@pytest.mark.parametrize("how", HOW)
+def test_logits_are_those_of_transformers(name, tables, how):
     """Ragged batches over prompt chunks, decoding and verification: within 5e-5, and the same argmax."""
     model = build(name)
     texts = prompts(203, (80, 17, 16))
     expected = [stock_logits(model, text) for text in texts]
     assert lean_reason(model) is None
-    used = runner(model, forwards := Forwards(pack=pack))
+    used = runner(model, forwards := Forwards(**HOW[how]))
     assert forwards.of(model) is not None
     for rows, own in zip(feed(used, texts, TABLES[tables]), expected, strict=True):
         assert rows
         for position, row in rows:
             torch.testing.assert_close(row, own[position], atol=5e-5, rtol=0)
             assert int(row.argmax()) == int(own[position].argmax())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama3 with biases", "heads of 32", "heads of 128"])
+def test_states_are_the_same_bits_whatever_the_batch(name, dtype):
+    """Alone, with batch mates, in chunks, one by one or in other blocks, by one thread or three: not a bit moves."""
+    model = build(name).to(dtype)
+    texts = prompts(203, (80, 17, 16))
+    forwards, expected = Forwards(), []
+    for text in texts:
+        alone = runner(model, forwards).run([Work(list(range(1, 12)), 0, text, len(text))], hidden=True)
+        expected.append(torch.cat([alone.logits, alone.hidden.float()], 1))
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            for tables in TABLES.values():
+                used = runner(model, forwards)
+                for rows, own in zip(feed(used, texts, tables), expected, strict=True):
+                    for position, row in rows:
+                        assert torch.equal(row, own[position, : len(row)])
+                one_by_one = runner(model, forwards)
+                for position, token in enumerate(texts[0][:40]):
+                    heard = one_by_one.run([Work(tables[0], position, [token], 1)], hidden=True)
+                    assert torch.equal(torch.cat([heard.logits, heard.hidden.float()], 1)[0], expected[0][position])
+        finally:
+            torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_what_does_not_fit_is_refused_before_anything_is_written():
+    """Blocks that a context does not have, or a pool does not have, raise instead of reaching other memory."""
+    model = build("qwen3")
+    used = runner(model, Forwards())
+    used.pool.keys[0].fill_(7.0)
+    for table in ([3], [3, 32], [3, -1]):
+        with pytest.raises(IndexError, match="block"):
+            used.forward([Work(table, 0, [5] * 9, 1)])
+    assert bool((used.pool.keys[0] == 7.0).all())
+    narrow = attention.KVPool(model.config, 32, 8, torch.float16)
+    with pytest.raises(ValueError, match="shapes and types"):
+        ModelRunner(model, narrow, used.forwards).forward([Work([3, 4], 0, [5] * 9, 1)])
 
 
 @pytest.mark.parametrize("tables", TABLES)
@@ -127,7 +179,8 @@ def test_a_long_batch_is_read_in_place_with_the_same_result(tables, monkeypatch)
     model = build("llama")
     texts = prompts(203, (80, 17, 16))
     expected = [stock_logits(model, text) for text in texts]
-    for rows, own in zip(feed(runner(model, Forwards()), texts, TABLES[tables]), expected, strict=True):
+    forwards = Forwards(compiled=False)
+    for rows, own in zip(feed(runner(model, forwards), texts, TABLES[tables]), expected, strict=True):
         for position, row in rows:
             torch.testing.assert_close(row, own[position], atol=5e-5, rtol=0)
 
@@ -172,12 +225,12 @@ def test_the_models_parameters_are_the_fused_weights():
     torch.testing.assert_close(stock_logits(model, text), before, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_weights_written_in_place_count_after_prepare(pack):
+@pytest.mark.parametrize("how", HOW)
+def test_weights_written_in_place_count_after_prepare(how):
     """Merging into a prepared model and preparing it again is all a swap takes."""
     model, other = build("llama"), build("llama")
     text = prompts(203, (10,))[0]
-    used = runner(model, forwards := Forwards(pack=pack))
+    used = runner(model, forwards := Forwards(**HOW[how]))
     lean = forwards.of(model)
     for part in (model, other):
         for layer in part.model.layers:
@@ -203,9 +256,11 @@ def test_a_copy_owns_its_weights_and_shares_the_packed_head():
     work = [Work([4, 5], 0, text, 10)]
     torch.testing.assert_close(used.forward(work), expected, atol=5e-5, rtol=0)
     assert not torch.allclose(used.forward(work, model=slot), expected, atol=1e-2)
-    if can_pack(torch.float32):
+    if can_pack(torch.float32, compiled=True):
         assert isinstance(slot.lm_head, PackedLinear)
-        assert slot.lm_head.packed is model.lm_head.packed
+        kept = (model.lm_head.packed, model.lm_head.panels)
+        assert any(part is not None for part in kept)
+        assert (slot.lm_head.packed, slot.lm_head.panels) == kept
 
 
 # -- which models ------------------------------------------------------------------------------
@@ -242,11 +297,11 @@ def test_another_architecture_runs_through_transformers():
 
 
 def test_the_setting_forces_transformers_and_no_token_changes(tmp_path):
-    """`engine.lean` and `engine.pack` change neither a greedy nor a sampled token."""
+    """`engine.lean`, `engine.pack` and `engine.compiled` change neither a greedy nor a sampled token."""
     write_pair(tmp_path)
     said = []
-    for lean, pack in ((True, True), (True, False), (False, False)):
-        rig = build_rig(tmp_path, tmp_path / f"data{lean}{pack}", lean=lean, pack=pack)
+    for lean, pack, compiled in ((True, True, True), (True, True, False), (True, False, True), (False, False, True)):
+        rig = build_rig(tmp_path, tmp_path / f"data{len(said)}", lean=lean, pack=pack, compiled=compiled)
         target = rig.engine.target
         assert (target.forwards.of(target.model) is not None) == lean
         ids = prompts(target.model.config.vocab_size, (5, 30, 12))
@@ -254,4 +309,4 @@ def test_the_setting_forces_transformers_and_no_token_changes(tmp_path):
         requests = [request(str(i), ids[i], 24, gamma=3, **sampling) for i, sampling in enumerate(samplings)]
         said.append(rig.run(requests))
         rig.built.publisher.close()
-    assert said[0] == said[1] == said[2]
+    assert all(own == said[0] for own in said)

@@ -92,8 +92,8 @@ def write_target(
     torch.manual_seed(seed)
     vocab = len(SPECIAL) + len(_byte_symbols()) + len(MERGES)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=spread,
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=spread,
         bos_token_id=1, eos_token_id=END, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().requires_grad_(False)

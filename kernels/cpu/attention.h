@@ -7,6 +7,8 @@
 #ifndef DRAFTSMITH_ATTENTION_H
 #define DRAFTSMITH_ATTENTION_H
 
+#include <math.h>
+
 #include "vectors.h"
 
 struct cache {
@@ -17,14 +19,14 @@ struct cache {
 /* scores: room for the context, rounded up to LANES. */
 INLINE void attend_head(const struct cache *c, const int dim, const int format, const int32_t *table, int length, int kv_head,
                         const float *query, float scale, float *scores, float *out) {
-    enum { MOST = 16 };
+    enum { VECTORS = 16 }; /* of the largest head */
     const int vectors = dim / LANES;
     const size_t stride = (size_t)c->kv_heads * dim;
-    __m512 q[MOST], sum[MOST];
+    __m512 q[VECTORS], sum[VECTORS];
 #pragma GCC unroll 16
     for (int i = 0; i < vectors; i++)
         q[i] = _mm512_mul_ps(_mm512_loadu_ps(query + i * LANES), _mm512_set1_ps(scale));
-    float most = -INFINITY;
+    float peak = -INFINITY;
     for (int t = 0; t < length; t += c->block_tokens) {
         const int inside = length - t < c->block_tokens ? length - t : c->block_tokens;
         size_t at = (size_t)table[t / c->block_tokens] * c->block_tokens * stride + (size_t)kv_head * dim;
@@ -34,7 +36,7 @@ INLINE void attend_head(const struct cache *c, const int dim, const int format, 
             for (int i = 1; i < vectors; i++) s = _mm512_fmadd_ps(q[i], load_stored(c->keys, at + i * LANES, format), s);
             const float score = _mm512_reduce_add_ps(s);
             scores[t + k] = score;
-            most = score > most ? score : most;
+            peak = score > peak ? score : peak;
         }
     }
     const int padded = (length + LANES - 1) / LANES * LANES;
@@ -43,7 +45,7 @@ INLINE void attend_head(const struct cache *c, const int dim, const int format, 
     for (int t = 0; t < padded; t += LANES) {
         const __mmask16 mask = length - t >= LANES ? 0xffff : (__mmask16)((1u << (length - t)) - 1);
         const __m512 p = _mm512_maskz_mov_ps(
-            mask, exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + t), _mm512_set1_ps(most))));
+            mask, exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + t), _mm512_set1_ps(peak))));
         mass = _mm512_add_ps(mass, p);
         _mm512_storeu_ps(scores + t, p);
     }

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -58,29 +59,32 @@ def _load() -> ctypes.CDLL | LibraryUnavailable:
         return LibraryUnavailable("no C compiler was found; install gcc or name one in CC")
     try:
         path = _folder() / f"llama-{_identity(compiler)}.so"
-        if not path.exists():
-            _compile(compiler, path)
+        with suppress(OSError):  # not there yet, or damaged
+            return _declare(ctypes.CDLL(str(path)))
+        _compile(compiler, path)
         return _declare(ctypes.CDLL(str(path)))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        return LibraryUnavailable(f"{compiler} could not build the C kernels: {said.strip().splitlines()[-1]}")
+        said = str(getattr(error, "stderr", None) or error).strip() or type(error).__name__
+        return LibraryUnavailable(f"{compiler} could not build the C kernels: {said.splitlines()[-1]}")
 
 
 def _folder() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftsmith" / "kernels"
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftsmith" / "kernels"
         cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a user without a home has a RuntimeError
+        cache = None
+    if cache is not None and os.access(cache, os.W_OK):
         return cache
-    except OSError:  # nowhere to keep it: built again by every process
-        return Path(tempfile.mkdtemp(prefix="draftsmith-kernels-"))
+    return Path(tempfile.mkdtemp(prefix="draftsmith-kernels-"))  # nowhere to keep it: every process builds its own
 
 
 def _identity(compiler: str) -> str:
     digest = hashlib.sha256(" ".join(_FLAGS).encode())
     for source in sorted((*SOURCES.glob("*.c"), *SOURCES.glob("*.h"))):
         digest.update(source.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_TIMEOUT_S, check=True)
-    digest.update(version.stdout)
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+    digest.update(version.stdout.encode())
     digest.update(b"".join(_cpu_lines()))
     return digest.hexdigest()[:16]
 

@@ -146,13 +146,13 @@ static void panel_product(const struct matrix *m, int panel, const float *x, siz
     const int blocks = (m->inputs + BLOCK - 1) / BLOCK;
     const uint8_t *at = (const uint8_t *)m->panels + (size_t)panel * blocks * block_bytes(m->format);
     const int tiles = (rows + TILE - 1) / TILE;
-    const int shared = tiles > 3 && m->format != FLOAT32;
+    const int expands = tiles > 3 && m->format != FLOAT32; /* from here on expanding once is cheaper */
     for (int i = 0; i < rows * PANEL; i += LANES) _mm512_store_ps(total + i, _mm512_setzero_ps());
     for (int first = 0; first < m->inputs; first += CHUNK, at += chunk_bytes) {
         const int count = m->inputs - first < CHUNK ? m->inputs - first : CHUNK;
-        if (shared) expand(at, m->format, count, expanded);
-        const multiply_function function = shared ? multiply_float32 : multiply_stored[m->format];
-        const uint8_t *weights = shared ? (const uint8_t *)expanded : at;
+        if (expands) expand(at, m->format, count, expanded);
+        const multiply_function function = expands ? multiply_float32 : multiply_stored[m->format];
+        const uint8_t *weights = expands ? (const uint8_t *)expanded : at;
         for (int tile = 0; tile < tiles; tile++) { /* of nearly equal size */
             const int from = (int)((int64_t)rows * tile / tiles), to = (int)((int64_t)rows * (tile + 1) / tiles);
             function(to - from, weights, x + from * stride + first, stride, count, total + from * PANEL);

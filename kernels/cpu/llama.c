@@ -77,8 +77,8 @@ static void place_token(const struct model *m, const struct layer *l, const stru
     }
 }
 
-/* gate = silu(gate) * up over one token; the product lands in the first half. */
-static void gated(float *gate_up, int ffn, float *out) {
+/* out = silu(gate) * up of one token, silu(z) = z / (1 + e^-z). */
+static void gated(const float *gate_up, int ffn, float *out) {
     for (int i = 0; i < ffn; i += LANES) {
         const __mmask16 mask = ffn - i >= LANES ? 0xffff : (__mmask16)((1u << (ffn - i)) - 1);
         const __m512 gate = _mm512_maskz_loadu_ps(mask, gate_up + i), up = _mm512_maskz_loadu_ps(mask, gate_up + ffn + i);
@@ -91,7 +91,7 @@ static void attend_all(const struct model *m, const struct layer *l, const struc
                        const float *qkv, float *scores, float *out) {
     const int width = (m->heads + 2 * m->kv_heads) * m->dim, shared = m->heads / m->kv_heads;
     const head_function function = head_function_of(c);
-#pragma omp for schedule(dynamic, 3)
+#pragma omp for schedule(dynamic, 3) /* contexts differ in length */
     for (int task = 0; task < b->tokens * m->heads; task++) {
         const int token = task / m->heads, head = task % m->heads;
         function(c, b->tables + (size_t)b->requests[token] * b->width, (int)b->positions[token] + 1, head / shared,
@@ -100,9 +100,10 @@ static void attend_all(const struct model *m, const struct layer *l, const struc
     }
 }
 
-static void gather(float *rows, int width, const int64_t *wanted, int count, float *spare) {
-    for (int i = 0; i < count; i++) memcpy(spare + (size_t)i * width, rows + wanted[i] * width, (size_t)width * 4);
-    memcpy(rows, spare, (size_t)count * width * 4);
+/* Move the wanted rows of x [tokens, width] to its front; `spare` has room for them. */
+static void gather(float *x, int width, const int64_t *wanted, int count, float *spare) {
+    for (int i = 0; i < count; i++) memcpy(spare + (size_t)i * width, x + wanted[i] * width, (size_t)width * 4);
+    memcpy(x, spare, (size_t)count * width * 4);
 }
 
 /* Floats of scratch memory that `llama_states` needs. */

@@ -96,7 +96,8 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
     scheduler = _scheduler(settings, num_blocks, runner.pool.clear)
     if pair.draft_kind != "none" and DraftProposer.name in settings.engine.proposers:
         draft = _load_draft(pair, target)
-        draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings), _forwards(settings, int8=settings.engine.draft_int8))
+        draft_forwards = _forwards(settings, int8=settings.engine.draft_int8)
+        draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings), draft_forwards)
         vocabulary = open_vocabulary(settings, pair, database, draft.get_output_embeddings())
         hotswap = _hotswap(settings, pair, registry, draft_runner, draft, vocabulary)
         members.append(

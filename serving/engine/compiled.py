@@ -24,17 +24,19 @@ class CompiledLlama:
     def __init__(self, layers: Layers, rotary: Any) -> None:
         self._layers = layers
         self._rotary = rotary
-        self._cos = self._sin = torch.empty(0)
+        self._tables = (torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.float32))
 
     def states(self, x: torch.Tensor, pool: KVPool, rows: list[Row], wanted: torch.Tensor | None) -> torch.Tensor:
         """Write the caches of the new tokens and return the normed states of the wanted ones; None wants all.
 
-        Shapes: x [tokens, hidden], embeddings in any dtype; wanted [rows]; result [rows, hidden] in that dtype.
+        Shapes: x [tokens, hidden], embeddings in any dtype, overwritten if float32; wanted [rows];
+        result [rows, hidden] in that dtype.
         """
         batch = _batch(rows, pool, torch.arange(len(x)) if wanted is None else wanted)
-        if batch.longest > len(self._cos):
-            self._cos, self._sin = rotary_tables(self._rotary, batch.longest, torch.empty(0))
-        return self._layers.states(x.float(), batch, self._cos, self._sin).to(x.dtype)
+        tables = self._tables  # one reference: another thread may replace it by a shorter one
+        if batch.longest > len(tables[0]):
+            tables = self._tables = rotary_tables(self._rotary, batch.longest, tables[0])
+        return self._layers.states(x.float(), batch, *tables).to(x.dtype)
 
 
 def rotary_tables(rotary: Any, end: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +47,7 @@ def rotary_tables(rotary: Any, end: int, like: torch.Tensor) -> tuple[torch.Tens
     cos, sin = rotary(like, torch.arange(1 << (end - 1).bit_length())[None])
     sin = sin[0].clone()
     sin[:, : sin.shape[1] // 2].neg_()
-    return cos[0], sin
+    return cos[0].contiguous(), sin
 
 
 def _batch(rows: list[Row], pool: KVPool, wanted: torch.Tensor) -> Batch:
@@ -55,8 +57,12 @@ def _batch(rows: list[Row], pool: KVPool, wanted: torch.Tensor) -> Batch:
     width = -(-longest // pool.block_tokens)
     tables = np.zeros((len(rows), width), dtype=np.int32)
     for i, row in enumerate(rows):
-        used = row.block_table[:width]
+        used = row.block_table[: -(-(row.start + row.length) // pool.block_tokens)]
+        if len(used) * pool.block_tokens < row.start + row.length:
+            raise IndexError(f"{len(used)} blocks do not hold {row.start + row.length} tokens")
         tables[i, : len(used)] = used
+    if tables.min() < 0 or tables.max() >= len(pool.keys[0]):
+        raise IndexError(f"block numbers must be 0 to {len(pool.keys[0]) - 1}")
     requests = np.repeat(np.arange(len(rows), dtype=np.int32), lengths)
     positions = np.arange(len(requests)) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
     slots = tables[requests, positions // pool.block_tokens].astype(np.int64) * pool.block_tokens

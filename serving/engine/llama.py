@@ -86,6 +86,15 @@ class _Layer:
     down: PackedLinear
     scaling: float
 
+    def compiled(self) -> compiled_forward.Layer:
+        """The same layer for the compiled forward, with its weights as they were packed."""
+        panels = [part.panels for part in (self.qkv, self.output, self.gate_up, self.down)]
+        qkv, output, gate_up, down = (part for part in panels if part is not None)
+        head_norm = None if self.head_norm is None else self.head_norm.compiled()
+        return compiled_forward.Layer(
+            self.input_norm.compiled(), qkv, head_norm, output, self.mlp_norm.compiled(), gate_up, down, self.scaling
+        )
+
 
 class LeanLlama:
     """The layers of one model, run over a ragged batch.
@@ -113,6 +122,7 @@ class LeanLlama:
         up in one go, is several times less exact there and hardly faster.
         """
         compiled = compiled and self._dim in compiled_forward.HEAD_DIMS
+        self._compiled = None  # lets go of what is packed now, before there is a second copy
         for layer in self._layers:
             for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
                 exact = linear is layer.down and linear.weight.dtype == torch.float32
@@ -163,13 +173,7 @@ class LeanLlama:
         return turned[:, : self._heads], turned[:, self._heads :], qkv[:, rotating:]
 
     def _compile(self) -> CompiledLlama:
-        layers = [
-            compiled_forward.Layer(
-                layer.input_norm.compiled(), layer.qkv.panels, layer.head_norm and layer.head_norm.compiled(),
-                layer.output.panels, layer.mlp_norm.compiled(), layer.gate_up.panels, layer.down.panels, layer.scaling,
-            )
-            for layer in self._layers
-        ]  # fmt: skip
+        layers = [layer.compiled() for layer in self._layers]
         parts = compiled_forward.Layers(
             layers, self._norm.compiled(), heads=self._heads, kv_heads=self._kv_heads, dim=self._dim
         )

@@ -110,15 +110,18 @@ def measure_pair(pair: Pair, engine: EngineSettings, *, draft_dtype: torch.dtype
         target = AutoModelForCausalLM.from_config(config, dtype=dtype)
     logits = engine.max_batch * (engine.gamma_max + 1) * config.vocab_size * _LOGITS_BYTES
     target_kv = KVPool.bytes_per_token(config, dtype)
-    weights = _bytes(target, packs)
+    compiled = engine.compiled and engine.lean
+    weights = _bytes(target, packs, compiled=compiled)
     if pair.draft_kind == "none" or "draft" not in engine.proposers:
         return Sizes(weights, 0, 0, logits, target_kv, 0)
     draft = _empty_draft(pair, draft_dtype)
     linear = sum(rows * columns for rows, columns in pair.lora_shapes.values()) * draft_dtype.itemsize
-    halves = 5 if packs and can_pack(draft_dtype) else 2  # plain, packed, and half as much again in int8
+    halves = (
+        5 if packs and can_pack(draft_dtype, compiled=compiled) else 2
+    )  # plain, packed, and half as much again in int8
     borrowed = _borrowed_bytes(pair, draft, same_dtype=draft_dtype == dtype)
     return Sizes(
-        target_weights=weights, draft_weights=_bytes(draft, packs) - borrowed,
+        target_weights=weights, draft_weights=_bytes(draft, packs, compiled=compiled) - borrowed,
         draft_slots=linear + MERGED_SLOTS * halves * linear // 2,  # the pristine weights they are merged from, too
         logits=logits, target_kv=target_kv, draft_kv=KVPool.bytes_per_token(draft.config, draft_dtype),
     )  # fmt: skip
@@ -150,11 +153,11 @@ def _empty_draft(pair: Pair, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
 
 
-def _bytes(model: Any, packs: bool) -> int:
+def _bytes(model: Any, packs: bool, *, compiled: bool) -> int:
     total = sum(item.numel() * item.element_size() for item in model.parameters())
     if packs:
         linears = [item.weight for item in model.modules() if isinstance(item, torch.nn.Linear)]
-        total += sum(item.numel() * item.element_size() for item in linears if can_pack(item.dtype))
+        total += sum(item.numel() * item.element_size() for item in linears if can_pack(item.dtype, compiled=compiled))
     return int(total)
 
 

@@ -112,7 +112,8 @@ def _pair_facts(settings: Settings, pair: Pair, target: ModelRunner, draft: Mode
         "draft_dtype": str(draft.pool.dtype) if draft else None, "draft_vocab_size": engine.draft_vocab_size,
         "max_batch": engine.max_batch, "gamma_max": engine.gamma_max, "block_tokens": engine.block_tokens,
         "max_model_len": engine.max_model_len, "lean": engine.lean, "pack": engine.pack,
-        "draft_int8": engine.draft_int8, "compiled": target.forwards.compiled, "draftsmith": metadata.version("draftsmith"),
+        "draft_int8": engine.draft_int8, "compiled": target.forwards.compiled,
+        "draftsmith": metadata.version("draftsmith"),
     }  # fmt: skip
 
 
