@@ -59,7 +59,7 @@ def _load() -> ctypes.CDLL | LibraryUnavailable:
         return LibraryUnavailable("no C compiler was found; install gcc or name one in CC")
     try:
         path = _folder() / f"llama-{_identity(compiler)}.so"
-        with suppress(OSError):  # not there yet, or damaged
+        with suppress(OSError):  # not there yet, or no library
             return _declare(ctypes.CDLL(str(path)))
         _compile(compiler, path)
         return _declare(ctypes.CDLL(str(path)))
@@ -106,6 +106,8 @@ def _compile(compiler: str, path: Path) -> None:
         command = [compiler, *_FLAGS, str(SOURCES / "llama.c"), "-o", unfinished, "-lm"]
         subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
         os.chmod(unfinished, 0o755)
+        with open(unfinished, "rb") as file:  # a file cut short by a power failure would kill whoever loads it
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         Path(unfinished).unlink(missing_ok=True)
