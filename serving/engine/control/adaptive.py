@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from serving.engine.sequence import Sequence
 
 _GAMMA_RATE = 0.02
 _FADE_STEPS = 16
+_REST_STEPS = 8  # that "off" stands: deciding takes a third of a millisecond, several per cent of a fast step
 
 REASONS = {
     "speculate": "drafting up to {depth} tokens promises {best:.1f} tokens/s against {plain:.1f} without",
@@ -80,6 +81,9 @@ class AdaptiveController:
         self._depth = 0
         self._version: int | None = None
         self._kinds: dict[str, Kind] = {}  # of the proposal that runs now
+        self._rest = 0  # steps for which "off" stands
+        self._resting: list[str] = []  # for these requests
+        self._faded_at = 0
 
     # -- the interface of a controller ---------------------------------------------------------
 
@@ -97,7 +101,11 @@ class AdaptiveController:
         if silent:
             self.decision = Decision(silent, batch=len(requests))
         elif any(offer for request, offer in zip(requests, offers, strict=True) if request.gamma is None):
-            self._decide(requests, offers, shape, choices)
+            if self._rests(requests):
+                self._match(requests, offers, shape, choices)
+            else:
+                self._decide(requests, offers, shape, choices)
+                self._rest_from_here(requests)
         else:
             own = any(request.gamma is not None for request in requests)
             self.decision = Decision("own" if own else "nothing", batch=len(requests))
@@ -126,6 +134,7 @@ class AdaptiveController:
         """Keep what a finished request taught about its kind, and nothing else of it."""
         self.beliefs.forget(request.request_id)
         self.explorer.forget(request.request_id)
+        self._rest, self._resting = 0, []
         self._kinds.pop(request.request_id, None)
 
     def explain(self) -> dict[str, object]:
@@ -139,16 +148,39 @@ class AdaptiveController:
 
     # -- deciding ----------------------------------------------------------------------------
 
+    def _rest_from_here(self, requests: list[Sequence]) -> None:
+        """Leave the draft model out of the next steps: while it is off nothing is learned about it."""
+        off = self.decision.reason in ("off", "matches") and all(request.gamma is None for request in requests)
+        self._rest = _REST_STEPS if off else 0
+        self._resting = [request.request_id for request in requests]
+
+    def _rests(self, requests: list[Sequence]) -> bool:
+        """Whether the draft model is left out of this step; no longer once requests come or go."""
+        self._rest -= 1
+        return self._rest > 0 and self._resting == [request.request_id for request in requests]
+
+    def _match(
+        self, requests: list[Sequence], offers: list[dict[str, Offer]], shape: StepShape, choices: list[Choice]
+    ) -> None:
+        """Decide about text matches alone."""
+        matches = [{name: item for name, item in offer.items() if name != DRAFT} for offer in offers]
+        if any(matches):
+            self._decide(requests, matches, shape, choices, may_probe=False)
+        else:
+            self.decision = replace(self.decision, reason="off", gammas=[0] * len(requests))
+
     def _follow(self, version: int) -> None:
         """Notice a new draft version: old measurements and failed probes say little about it."""
         if self._version is not None and version != self._version:
+            self._rest = 0
             self.switchback.forget()
             self.explorer.renew()
         self._version = version
 
     def _decide(
-        self, requests: list[Sequence], offers: list[dict[str, Offer]], shape: StepShape, choices: list[Choice]
-    ) -> None:
+        self, requests: list[Sequence], offers: list[dict[str, Offer]], shape: StepShape, choices: list[Choice],
+        *, may_probe: bool = True,
+    ) -> None:  # fmt: skip
         """Fill in the choices of the requests that leave it to the server."""
         view = StepView(self.beliefs, self.costs, requests, offers, shape, choices)
         priced = price(view.problem, self.costs)
@@ -158,7 +190,7 @@ class AdaptiveController:
         for i, gamma in enumerate(gammas):
             if gamma:
                 choices[i] = Choice(DRAFT if drafted[i] else view.free_names[i], gamma)
-        probe = self.explorer.pick(view.candidates(choices, priced.plain)) if not depth else None
+        probe = self.explorer.pick(view.candidates(choices, priced.plain)) if may_probe and not depth else None
         if probe is not None:
             at = view.index(probe[0])
             choices[at] = Choice(probe[1], min(1 if probe[1] == DRAFT else 2, offers[at][probe[1]].num_tokens))
@@ -189,7 +221,8 @@ class AdaptiveController:
             self.explorer.paid_off()
             return "speculate", best, int(priced.slots[best])
         self._set_depth(0)
-        if self.steps % _FADE_STEPS == 0:
+        if self.steps - self._faded_at >= _FADE_STEPS:
+            self._faded_at = self.steps
             self.beliefs.fade()
         return idle
 
