@@ -265,12 +265,12 @@ def test_serving_d1_one_hot_proposals_keep_the_law(rig_for, target, ids):
     rig.collect(LogSettings(enabled=False))
     rig.engine.controller = FixedGamma(2, ("ngram",))
     sampling = Sampling(temperature=1.0)
-    items = [request(str(i), ids[2], 3, temperature=1.0, seed=i) for i in range(1500)]
+    items = [request(str(i), ids[3], 3, temperature=1.0, seed=i) for i in range(1500)]
     drawn = rig.run(items)
     counts = sum((item.unversioned for item in items), Counts())
     assert counts.num_drafted >= 2 * len(items)
     assert 0.1 < counts.num_accepted / counts.num_examined < 0.9
-    for position, law in enumerate(_laws(target, ids[2], sampling)):
+    for position, law in enumerate(_laws(target, ids[3], sampling)):
         assert _p_value([tokens[position] for tokens in drawn], law) > 0.001
 
 

@@ -16,74 +16,102 @@ struct cache {
     int32_t kv_heads, dim, block_tokens, format;
 };
 
-/* scores: room for the context, rounded up to LANES. */
-INLINE void attend_head(const struct cache *c, const int dim, const int format, const int32_t *table, int length, int kv_head,
-                        const float *query, float scale, float *scores, float *out) {
-    enum { VECTORS = 16 }; /* of the largest head */
-    const int vectors = dim / LANES;
+/* A few query heads that share a key head, so that each key and value is loaded once for all of them.
+   query and out [heads, dim]; scores: room for `heads` contexts, each rounded up to LANES. */
+INLINE void attend(const struct cache *c, const int dim, const int format, const int heads, const int32_t *table, int length,
+                   int kv_head, const float *query, float scale, float *scores, float *out) {
+    enum { VECTORS = 16, HEADS = 4 }; /* of the largest */
+    const int vectors = dim / LANES, padded = (length + LANES - 1) / LANES * LANES;
     const size_t stride = (size_t)c->kv_heads * dim;
-    __m512 q[VECTORS], sum[VECTORS];
+    __m512 q[HEADS][VECTORS], sum[HEADS][VECTORS];
+    float peak[HEADS];
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++) {
+        peak[h] = -INFINITY;
 #pragma GCC unroll 16
-    for (int i = 0; i < vectors; i++)
-        q[i] = _mm512_mul_ps(_mm512_loadu_ps(query + i * LANES), _mm512_set1_ps(scale));
-    float peak = -INFINITY;
+        for (int i = 0; i < vectors; i++) {
+            q[h][i] = _mm512_mul_ps(_mm512_loadu_ps(query + h * dim + i * LANES), _mm512_set1_ps(scale));
+            sum[h][i] = _mm512_setzero_ps();
+        }
+    }
     for (int t = 0; t < length; t += c->block_tokens) {
         const int inside = length - t < c->block_tokens ? length - t : c->block_tokens;
         size_t at = (size_t)table[t / c->block_tokens] * c->block_tokens * stride + (size_t)kv_head * dim;
         for (int k = 0; k < inside; k++, at += stride) {
-            __m512 s = _mm512_mul_ps(q[0], load_stored(c->keys, at, format));
+            __m512 s[HEADS];
 #pragma GCC unroll 16
-            for (int i = 1; i < vectors; i++) s = _mm512_fmadd_ps(q[i], load_stored(c->keys, at + i * LANES, format), s);
-            const float score = _mm512_reduce_add_ps(s);
-            scores[t + k] = score;
-            peak = score > peak ? score : peak;
+            for (int i = 0; i < vectors; i++) {
+                const __m512 key = load_stored(c->keys, at + i * LANES, format);
+#pragma GCC unroll 4
+                for (int h = 0; h < heads; h++)
+                    s[h] = i ? _mm512_fmadd_ps(q[h][i], key, s[h]) : _mm512_mul_ps(q[h][i], key);
+            }
+#pragma GCC unroll 4
+            for (int h = 0; h < heads; h++) {
+                const float score = _mm512_reduce_add_ps(s[h]);
+                scores[h * padded + t + k] = score;
+                peak[h] = score > peak[h] ? score : peak[h];
+            }
         }
     }
-    const int padded = (length + LANES - 1) / LANES * LANES;
-    for (int t = length; t < padded; t++) scores[t] = -INFINITY;
-    __m512 mass = _mm512_setzero_ps();
-    for (int t = 0; t < padded; t += LANES) {
-        const __mmask16 mask = length - t >= LANES ? 0xffff : (__mmask16)((1u << (length - t)) - 1);
-        const __m512 p = _mm512_maskz_mov_ps(
-            mask, exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + t), _mm512_set1_ps(peak))));
-        mass = _mm512_add_ps(mass, p);
-        _mm512_storeu_ps(scores + t, p);
+    __m512 share[HEADS];
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++) {
+        __m512 mass = _mm512_setzero_ps();
+        for (int t = 0; t < padded; t += LANES) {
+            const __mmask16 mask = length - t >= LANES ? 0xffff : (__mmask16)((1u << (length - t)) - 1);
+            const __m512 score = _mm512_maskz_loadu_ps(mask, scores + h * padded + t);
+            const __m512 p = _mm512_maskz_mov_ps(mask, exponential(_mm512_sub_ps(score, _mm512_set1_ps(peak[h]))));
+            mass = _mm512_add_ps(mass, p);
+            _mm512_storeu_ps(scores + h * padded + t, p);
+        }
+        share[h] = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(mass));
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < vectors; i++) sum[i] = _mm512_setzero_ps();
     for (int t = 0; t < length; t += c->block_tokens) {
         const int inside = length - t < c->block_tokens ? length - t : c->block_tokens;
         size_t at = (size_t)table[t / c->block_tokens] * c->block_tokens * stride + (size_t)kv_head * dim;
-        for (int k = 0; k < inside; k++, at += stride) {
-            const __m512 p = _mm512_set1_ps(scores[t + k]);
+        for (int k = 0; k < inside; k++, at += stride)
 #pragma GCC unroll 16
-            for (int i = 0; i < vectors; i++)
-                sum[i] = _mm512_fmadd_ps(p, load_stored(c->values, at + i * LANES, format), sum[i]);
-        }
+            for (int i = 0; i < vectors; i++) {
+                const __m512 value = load_stored(c->values, at + i * LANES, format);
+#pragma GCC unroll 4
+                for (int h = 0; h < heads; h++)
+                    sum[h][i] = _mm512_fmadd_ps(_mm512_set1_ps(scores[h * padded + t + k]), value, sum[h][i]);
+            }
     }
-    const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(mass));
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++)
 #pragma GCC unroll 16
-    for (int i = 0; i < vectors; i++) _mm512_storeu_ps(out + i * LANES, _mm512_mul_ps(sum[i], share));
+        for (int i = 0; i < vectors; i++)
+            _mm512_storeu_ps(out + h * dim + i * LANES, _mm512_mul_ps(sum[h][i], share[h]));
 }
 
-#define HEAD_FUNCTION(name, dim, format)                                                                          \
-    static __attribute__((noinline)) void name(const struct cache *c, const int32_t *table, int length, int kv_head, \
-                                               const float *query, float scale, float *scores, float *out) {      \
-        attend_head(c, dim, format, table, length, kv_head, query, scale, scores, out);                           \
+typedef void (*attend_function)(const struct cache *, const int32_t *, int, int, const float *, float, float *, float *);
+
+#define ATTEND(dim, format, heads)                                                                                   \
+    static __attribute__((noinline)) void attend_##dim##_##format##_##heads(                                         \
+        const struct cache *c, const int32_t *table, int length, int kv_head, const float *query, float scale,       \
+        float *scores, float *out) {                                                                                 \
+        attend(c, dim, format, heads, table, length, kv_head, query, scale, scores, out);                            \
     }
-#define HEAD_FUNCTIONS(dim) HEAD_FUNCTION(attend_float32_##dim, dim, FLOAT32) HEAD_FUNCTION(attend_bfloat16_##dim, dim, BFLOAT16)
-HEAD_FUNCTIONS(16) HEAD_FUNCTIONS(32) HEAD_FUNCTIONS(64) HEAD_FUNCTIONS(96) HEAD_FUNCTIONS(128) HEAD_FUNCTIONS(256)
+#define ATTEND_HEADS(dim, format) \
+    ATTEND(dim, format, 1) ATTEND(dim, format, 2) ATTEND(dim, format, 3) ATTEND(dim, format, 4)
+#define ATTEND_FORMATS(dim) ATTEND_HEADS(dim, FLOAT32) ATTEND_HEADS(dim, BFLOAT16)
+ATTEND_FORMATS(16) ATTEND_FORMATS(32) ATTEND_FORMATS(64) ATTEND_FORMATS(96) ATTEND_FORMATS(128) ATTEND_FORMATS(256)
 
-typedef void (*head_function)(const struct cache *, const int32_t *, int, int, const float *, float, float *, float *);
+#define NAMES_OF(dim, format) \
+    {attend_##dim##_##format##_1, attend_##dim##_##format##_2, attend_##dim##_##format##_3, attend_##dim##_##format##_4}
+#define NAMES(dim) {NAMES_OF(dim, FLOAT32), NAMES_OF(dim, BFLOAT16)}
 
-#define HEAD_CASE(dim) \
-    case dim: return c->format == BFLOAT16 ? attend_bfloat16_##dim : attend_float32_##dim;
-
-static head_function head_function_of(const struct cache *c) {
-    switch (c->dim) {
-        HEAD_CASE(16) HEAD_CASE(32) HEAD_CASE(64) HEAD_CASE(96) HEAD_CASE(128)
-        default: return c->format == BFLOAT16 ? attend_bfloat16_256 : attend_float32_256;
-    }
+static attend_function attend_function_of(const struct cache *c, int heads) {
+    static const int dims[] = {16, 32, 64, 96, 128, 256};
+    static const attend_function functions[][2][4] = {NAMES(16), NAMES(32), NAMES(64), NAMES(96), NAMES(128), NAMES(256)};
+    int i = 0;
+    while (dims[i] != c->dim) i++;
+    return functions[i][c->format == BFLOAT16][heads - 1];
 }
+
+/* How many heads at a time: their queries and sums must stay in registers. */
+INLINE int heads_at_once(int dim) { return dim <= 64 ? 4 : dim <= 128 ? 2 : 1; }
 
 #endif

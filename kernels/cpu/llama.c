@@ -88,15 +88,20 @@ static void gated(const float *gate_up, int ffn, float *out) {
 }
 
 static void attend_all(const struct model *m, const struct layer *l, const struct batch *b, const struct cache *c,
-                       const float *qkv, float *scores, float *out) {
+                       const float *qkv, float *scores, float *out, int team) {
     const int width = (m->heads + 2 * m->kv_heads) * m->dim, shared = m->heads / m->kv_heads;
-    const head_function function = head_function_of(c);
+    /* With little to share out, one head at a time keeps all threads busy. */
+    const int most = b->tokens * m->kv_heads < 4 * team ? 1 : heads_at_once(m->dim);
+    const int groups = (shared + most - 1) / most;
 #pragma omp for schedule(dynamic, 3) /* contexts differ in length */
-    for (int task = 0; task < b->tokens * m->heads; task++) {
-        const int token = task / m->heads, head = task % m->heads;
-        function(c, b->tables + (size_t)b->requests[token] * b->width, (int)b->positions[token] + 1, head / shared,
-                 qkv + (size_t)token * width + head * m->dim, l->scaling, scores,
-                 out + ((size_t)token * m->heads + head) * m->dim);
+    for (int task = 0; task < b->tokens * m->kv_heads * groups; task++) {
+        const int token = task / (m->kv_heads * groups), kv_head = task / groups % m->kv_heads, group = task % groups;
+        const int first = shared * group / groups, heads = shared * (group + 1) / groups - first;
+        const int head = kv_head * shared + first;
+        attend_function_of(c, heads)(
+            c, b->tables + (size_t)b->requests[token] * b->width, (int)b->positions[token] + 1, kv_head,
+            qkv + (size_t)token * width + head * m->dim, l->scaling, scores,
+            out + ((size_t)token * m->heads + head) * m->dim);
     }
 }
 
@@ -106,10 +111,13 @@ static void gather(float *x, int width, const int64_t *wanted, int count, float 
     memcpy(x, spare, (size_t)count * width * 4);
 }
 
+/* Floats of scratch memory that one thread's scores take: four heads at once, each rounded up. */
+static size_t scores_room(const struct batch *b) { return 4 * ((size_t)b->longest + LANES); }
+
 /* Floats of scratch memory that `llama_states` needs. */
 size_t llama_scratch(const struct model *m, const struct batch *b, int threads) {
     const size_t token = m->hidden + (m->heads + 2 * m->kv_heads) * m->dim + m->heads * m->dim + 3 * m->ffn;
-    return b->tokens * token + (size_t)threads * (b->longest + LANES);
+    return b->tokens * token + (size_t)threads * scores_room(b);
 }
 
 /* x [tokens, hidden]: embeddings in, normed states of the wanted tokens out, in its first rows. */
@@ -133,7 +141,7 @@ void llama_states(const struct model *m, const struct batch *b, float *x, float 
 #pragma omp barrier
 #pragma omp for
             for (int r = 0; r < rows; r++) place_token(m, l, b, &c, r, qkv + (size_t)r * width);
-            attend_all(m, l, b, &c, qkv, scores + (size_t)thread * (b->longest + LANES), attended);
+            attend_all(m, l, b, &c, qkv, scores + (size_t)thread * scores_room(b), attended, team);
             if (n == m->num_layers - 1) { /* what no one asked for need not go on */
 #pragma omp single
                 {
