@@ -41,7 +41,9 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "sampled"), arms=("none", "fixed-3", "hf_generate", "hf_assisted"), repeats=2, tokens=TOKENS, minutes=10.0,
         max_prompt_tokens=48, cache_dir=folder / "cache", engine={"block_tokens": 8, "threads": 1},
     )  # fmt: skip
-    return dict(json.loads(json.dumps(measure(options))))
+    with pytest.MonkeyPatch.context() as patch:  # who is far behind is a matter of time, and would run once
+        patch.setattr("bench.budget.contenders", lambda rows: {row.key for row in rows})
+        return dict(json.loads(json.dumps(measure(options))))
 
 
 def test_every_row_that_was_asked_for_is_there(result: dict[str, Any]) -> None:
@@ -63,8 +65,7 @@ def test_every_row_that_was_asked_for_is_there(result: dict[str, Any]) -> None:
 
     assert sorted(expected) == found
     assert all(row.keys() >= ROW_FIELDS for row in result["rows"])
-    assert {2} == {row["repeats"] for row in result["rows"] if row["arm"] == "none"}
-    assert {1, 2} >= {row["repeats"] for row in result["rows"]}  # whoever is far behind runs once
+    assert {2} == {row["repeats"] for row in result["rows"]}
     assert {"cpu", "cores", "memory_gib"} <= result["machine"].keys()
     assert {"torch", "transformers", "draftsmith"} <= result["versions"].keys()
 

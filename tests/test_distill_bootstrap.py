@@ -29,7 +29,7 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def target(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bootstrap") / "tiny-target"
-    write_target(folder, brevity=2.5)
+    write_target(folder, brevity=2.5, seed=4)
     return folder
 
 
