@@ -93,7 +93,8 @@ def _pair_settings(pair: Pair, times: int, folder: Path) -> dict[str, str]:
 def _result(options: Options, pair: Pair, rows: list[Row], budget: Budget, seconds: float) -> dict[str, Any]:
     return {
         "what": "decoding speed, tokens of all requests together a second; window: a full batch in steady decode",
-        "target": pair.target_name, "draft": pair.draft_kind, "dtype": pair.dtype, "tokens": options.tokens,
+        "target": pair.target_name, "draft": pair.draft_kind, "dtype": pair.dtype,
+        "rivals_dtype": options.rivals_dtype, "tokens": options.tokens,
         "asked": {
             "widen": options.widen, "batches": options.batches, "workloads": options.workloads, "arms": options.arms,
             "repeats": options.repeats, "minutes": options.minutes, "seed": options.seed,
@@ -118,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--max-prompt-tokens", type=int, default=default.max_prompt_tokens)
     made.add_argument("--seed", type=int, default=default.seed)
     made.add_argument("--data", type=Path, help="folder of .jsonl files whose `prompt` fields are used")
+    made.add_argument(
+        "--rivals-dtype", default=default.rivals_dtype, choices=("float32", "bfloat16"), help="of hf_* and vllm*"
+    )
     made.add_argument("--vllm-python", help=f"python of an environment with vllm; adds the arms {', '.join(VLLM_ARMS)}")
     return made
 

@@ -26,7 +26,7 @@ class PairOptions:
 
     target: str | None = None
     draft: str | None = None
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
     cache_dir: Path | None = None
 
 
@@ -45,6 +45,7 @@ class Options(PairOptions):
     seed: int = SEED
     data: Path | None = None
     vllm_python: str | None = None
+    rivals_dtype: str = "bfloat16"  # of the library's arms and vLLM's: the faster one for them
     engine: dict[str, Any] = field(default_factory=dict)  # more settings of the section `engine`
 
     def tokens_of(self, batch: int) -> int:

@@ -205,6 +205,11 @@ def _load(result: dict[str, Any] | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _dtypes(result: dict[str, Any]) -> str:
+    rivals = result.get("rivals_dtype", result["dtype"])
+    return result["dtype"] if rivals == result["dtype"] else f"{result['dtype']} (hf and vLLM {rivals})"
+
+
 def _where(result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     vllm = f"vLLM {versions['vllm']}, " if "vllm" in versions else ""
@@ -212,7 +217,7 @@ def _where(result: dict[str, Any]) -> str:
     return (
         f"`{result['command']}` on {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB, "
         f"{machine.get('gpu') or 'no GPU'}; "
-        f"{result['target']}, {result['dtype']}, torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"{result['target']}, {_dtypes(result)}, torch {versions['torch']}, transformers {versions['transformers']}, "
         f"{vllm}commit {(result['commit'] or 'unknown')[:7]}." + "".join(f" {line}." for line in reduced)
     )
 

@@ -11,6 +11,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from adapter.pairs import Pair
 from bench.budget import Cell
 from bench.driver import Load, Window, longest_answer
 from bench.library import ARMS as LIBRARY_ARMS
@@ -65,7 +68,7 @@ class Phases:
         served = self._serve("gumbel", max(options.batches))
         names = [name for name in options.workloads if name in WORKLOADS]
         asked = 1 in options.batches and any(arm in LIBRARY_ARMS for arm in options.arms)
-        library = Library(served.pair) if asked else None
+        library = Library(self._for_rivals(served.pair)) if asked else None
         vllms = self._vllms(served) if options.vllm_python else {}
         self._warm_up(served, names)
         if library is not None:
@@ -102,6 +105,10 @@ class Phases:
                 load = self._load(rag(1, 1, self._options.seed - 1, texts=self._texts), RAG, 0.0)
                 served.burst(arm, load, [RAG_TOKENS], 1)
         return [[self._rag_cell(served, cached, batch, arm) for cached, served in engines.items()] for arm in arms]
+
+    def _for_rivals(self, pair: Pair) -> Pair:
+        """The same files in the dtype that the other engines are measured with."""
+        return msgspec.structs.replace(pair, dtype=self._options.rivals_dtype)
 
     # -- engines -------------------------------------------------------------------------------
 
@@ -150,8 +157,9 @@ class Phases:
 
     def _vllms(self, served: Served) -> dict[str, Vllm]:
         section, python = served.settings.engine, str(self._options.vllm_python)
+        rival = self._for_rivals(served.pair)
         room = {"max_batch": section.max_batch, "max_model_len": section.max_model_len}
-        started = {arm: self._stack.enter_context(Vllm(python, served.pair, arm, **room)) for arm in VLLM_ARMS}
+        started = {arm: self._stack.enter_context(Vllm(python, rival, arm, **room)) for arm in VLLM_ARMS}
         self.vllm_version = started[next(iter(started))].version
         return started
 
