@@ -44,6 +44,9 @@ greedy unless a temperature is given. Prompts are made up from a seed; `--data F
 
 `vllm` and `vllm-ngram` are vLLM's CPU build on the same target, prompts and cores, from an environment of its own
 (`--vllm-python`): plain, and with its n-gram speculation as its manual shows it. Its threads wait as it likes.
+
+Our arms read weights in the shortest form that says them exactly ([0010](adr/0010-compiled-cpu-kernels.md)). The
+checkpoint of the default target is blocks of 4 and 8 bits, 96 MB a step; the others read it expanded to their dtype.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -253,7 +254,9 @@ def test_what_is_no_library_is_built_again(fresh: Path, monkeypatch: pytest.Monk
 def test_without_a_place_to_keep_it_a_library_is_still_built(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache folder that cannot be made is no reason to be slow."""
     (fresh / "cache").write_text("a file")
+    monkeypatch.setattr(tempfile, "tempdir", str(fresh))
     assert library.unavailable() is None
+    assert [path.name for path in fresh.iterdir()] == ["cache"]
 
 
 @needs_kernels

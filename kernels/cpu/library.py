@@ -14,7 +14,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -58,25 +59,30 @@ def _load() -> ctypes.CDLL | LibraryUnavailable:
     if compiler is None:
         return LibraryUnavailable("no C compiler was found; install gcc or name one in CC")
     try:
-        path = _folder() / f"llama-{_identity(compiler)}.so"
-        with suppress(OSError):  # not there yet, or no library
+        with _folder() as folder:
+            path = folder / f"llama-{_identity(compiler)}.so"
+            with suppress(OSError):  # not there yet, or no library
+                return _declare(ctypes.CDLL(str(path)))
+            _compile(compiler, path)
             return _declare(ctypes.CDLL(str(path)))
-        _compile(compiler, path)
-        return _declare(ctypes.CDLL(str(path)))
     except (OSError, subprocess.SubprocessError) as error:
         said = str(getattr(error, "stderr", None) or error).strip() or type(error).__name__
         return LibraryUnavailable(f"{compiler} could not build the C kernels: {said.splitlines()[-1]}")
 
 
-def _folder() -> Path:
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """The cache folder; where nothing can be kept, one that is gone after loading, so every process builds its own."""
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftsmith" / "kernels"
         cache.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # a user without a home has a RuntimeError
         cache = None
     if cache is not None and os.access(cache, os.W_OK):
-        return cache
-    return Path(tempfile.mkdtemp(prefix="draftsmith-kernels-"))  # nowhere to keep it: every process builds its own
+        yield cache
+        return
+    with tempfile.TemporaryDirectory(prefix="draftsmith-kernels-") as folder:
+        yield Path(folder)
 
 
 def _identity(compiler: str) -> str:
