@@ -22,7 +22,7 @@ import torch
 
 SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-_COMPILERS = ("cc", "gcc", "clang")
+_COMPILERS = ("gcc", "cc")  # GNU's OpenMP is torch's: another one would have threads of its own
 _TIMEOUT_S = 120
 
 

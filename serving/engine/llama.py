@@ -125,9 +125,9 @@ class LeanLlama:
         self._compiled = None  # lets go of what is packed now, before there is a second copy
         for layer in self._layers:
             for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
-                exact = linear is layer.down and linear.weight.dtype == torch.float32
+                stays_plain = linear is layer.down and linear.weight.dtype == torch.float32
                 linear.int8, linear.compiled = int8 and (compiled or can_quantize()), compiled
-                if compiled or (can_pack(linear.weight.dtype) and not exact):
+                if compiled or (can_pack(linear.weight.dtype) and not stays_plain):
                     linear.pack()
         self._compiled = self._compile() if compiled else None
 

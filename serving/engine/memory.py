@@ -116,9 +116,8 @@ def measure_pair(pair: Pair, engine: EngineSettings, *, draft_dtype: torch.dtype
         return Sizes(weights, 0, 0, logits, target_kv, 0)
     draft = _empty_draft(pair, draft_dtype)
     linear = sum(rows * columns for rows, columns in pair.lora_shapes.values()) * draft_dtype.itemsize
-    halves = (
-        5 if packs and can_pack(draft_dtype, compiled=compiled) else 2
-    )  # plain, packed, and half as much again in int8
+    # Plain, packed, and half as much again in int8.
+    halves = 5 if packs and can_pack(draft_dtype, compiled=compiled) else 2
     borrowed = _borrowed_bytes(pair, draft, same_dtype=draft_dtype == dtype)
     return Sizes(
         target_weights=weights, draft_weights=_bytes(draft, packs, compiled=compiled) - borrowed,

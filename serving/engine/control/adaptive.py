@@ -100,6 +100,7 @@ class AdaptiveController:
         silent = self.switchback.plain_now(blocked=any(choice.gamma for choice in choices))
         if silent:
             self.decision = Decision(silent, batch=len(requests))
+            self._rest = 0  # a window says nothing that a rest could repeat
         elif any(offer for request, offer in zip(requests, offers, strict=True) if request.gamma is None):
             if self._rests(requests):
                 self._match(requests, offers, shape, choices)
