@@ -19,7 +19,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from adapter.contracts import SettingsError
-from kernels.reference import sparse_log_probs
+from kernels.dispatch import sparse_log_probs
 
 ANSWER_TEMPERATURES = (0.0, 0.0, 0.7, 1.0)  # half of the rows answer greedily, as most traffic does
 USER_TEMPERATURE = 1.0

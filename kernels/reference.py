@@ -1,6 +1,6 @@
 """Plain-torch truth of every operation the engine and the trainer share.
 
-These run on the CPU in production and are what any faster form is compared with.
+These run where there is no faster form (`kernels.dispatch`), and are what every faster form is compared with.
 """
 
 from __future__ import annotations

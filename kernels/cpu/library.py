@@ -60,7 +60,7 @@ def _load() -> ctypes.CDLL | LibraryUnavailable:
         return LibraryUnavailable("no C compiler was found; install gcc or name one in CC")
     try:
         with _folder() as folder:
-            path = folder / f"llama-{_identity(compiler)}.so"
+            path = folder / f"kernels-{_identity(compiler)}.so"
             with suppress(OSError):  # not there yet, or no library
                 return _declare(ctypes.CDLL(str(path)))
             _compile(compiler, path)
@@ -109,7 +109,7 @@ def _compile(compiler: str, path: Path) -> None:
     handle, unfinished = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        command = [compiler, *_FLAGS, str(SOURCES / "llama.c"), "-o", unfinished, "-lm"]
+        command = [compiler, *_FLAGS, *map(str, sorted(SOURCES.glob("*.c"))), "-o", unfinished, "-lm"]
         subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
         os.chmod(unfinished, 0o755)
         with open(unfinished, "rb") as file:  # a file cut short by a power failure would kill whoever loads it
@@ -120,11 +120,17 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, number = ctypes.c_void_p, ctypes.c_int
+    pointer, number, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.linear.argtypes = [pointer, pointer, pointer, number, number]
     library.linear.restype = None
     library.llama_scratch.argtypes = [pointer, pointer, number]
     library.llama_scratch.restype = ctypes.c_size_t
     library.llama_states.argtypes = [pointer, pointer, pointer, pointer, number]
     library.llama_states.restype = None
+    library.rows_argmax.argtypes = [pointer, number, wide, pointer, number]
+    library.rows_argmax.restype = None
+    library.rows_scratch.argtypes = [wide, number, number]
+    library.rows_scratch.restype = ctypes.c_size_t
+    library.rows_top.argtypes = [pointer, number, wide, number, pointer, pointer, pointer, number]
+    library.rows_top.restype = None
     return library

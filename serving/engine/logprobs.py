@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from adapter.contracts import TokenLogprob
-from kernels.reference import sparse_log_probs
+from kernels.dispatch import sparse_log_probs
 
 
 def token_logprobs(logits: torch.Tensor, tokens: list[int], num_top: int | None) -> list[TokenLogprob] | None:

@@ -27,7 +27,7 @@ from adapter.contracts import (
     Wire,
 )
 from adapter.settings import LogSettings
-from kernels.reference import sparse_log_probs
+from kernels.dispatch import sparse_log_probs
 from serving.engine.proposers.base import Proposal
 from serving.engine.sequence import Sequence
 

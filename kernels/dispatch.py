@@ -1,0 +1,38 @@
+"""The door to operations of which there are several forms: each call takes the fastest that can be had here.
+
+The truth they are all compared with is `kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels import reference
+from kernels.cpu import rows as compiled_rows
+from kernels.cpu.library import unavailable
+
+
+def argmax(values: torch.Tensor) -> torch.Tensor:
+    """Return where each row is largest: at its first NaN if it has one.
+
+    Shapes: values [rows, width]; result [rows] int64.
+    """
+    return compiled_rows.argmax(values) if _compiled(values) else values.argmax(-1)
+
+
+def sparse_log_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and natural log-probs of the k most likely tokens of each row, the likeliest first.
+
+    Shapes: logits [rows, vocab]; ids [rows, k] int64; log-probs [rows, k] float32.  The tail mass is what the
+    returned probabilities leave over.
+    """
+    if _compiled(logits) and 0 < k <= logits.shape[1]:
+        return compiled_rows.top_log_probs(logits, k)
+    return reference.sparse_log_probs(logits, k)
+
+
+def _compiled(values: torch.Tensor) -> bool:
+    return (
+        values.dtype == torch.float32 and values.is_cpu and values.is_contiguous() and values.numel() > 0
+        and unavailable() is None
+    )  # fmt: skip
