@@ -82,6 +82,7 @@ class Machine:
     noise: float = 0.02
     penalty_s: float = 0.0
     context_tokens: int = 500
+    prefill_tokens: int = 0  # of others' prompts, read beside every step
     version: int = 1
     match: Callable[[str, int], tuple[Offer, float] | None] = lambda name, step: None
     requests: list[Sequence] = field(default_factory=list)
@@ -133,7 +134,7 @@ class Machine:
 
     def _step(self) -> None:
         batch = len(self.requests)
-        shape = StepShape(0, self.context_tokens * batch, self.version)
+        shape = StepShape(self.prefill_tokens, self.context_tokens * batch, self.version)
         offers = self._offers()
         choices = self._choices(offers, shape)
         rounds, expected = [], 0.0
@@ -150,7 +151,7 @@ class Machine:
         propose_s, target_s = self._cost(forwards, batch, choices, shape)
         drafting = any(choice.gamma for choice in choices)
         step_s = propose_s + target_s + OVERHEAD_S[self.truth.fingerprint] + self.penalty_s * drafting
-        rows = batch + sum(choice.gamma for choice in choices)
+        rows = batch + self.prefill_tokens + sum(choice.gamma for choice in choices)
         report = StepReport(shape, rounds, rows, forwards, propose_s, target_s, step_s)
         for item, round_ in zip(self.requests, rounds, strict=True):
             before = len(item.tokens)
@@ -177,7 +178,7 @@ class Machine:
         self, forwards: tuple[int, ...], batch: int, choices: list[Choice], shape: StepShape
     ) -> tuple[float, float]:
         share = sum(choice.proposer == "draft" and choice.gamma > 0 for choice in choices) / batch
-        rows = batch + sum(choice.gamma for choice in choices)
+        rows = batch + shape.prefill_tokens + sum(choice.gamma for choice in choices)
         drafting = round(share * batch)
         each = shape.context_tokens / batch
         draft = sum(

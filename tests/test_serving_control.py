@@ -57,7 +57,7 @@ from serving.engine.control.cost_table import (
 from serving.engine.control.fixed import FixedGamma
 from serving.engine.control.posterior import Beliefs, match_bucket
 from serving.engine.control.priors import START, Prior
-from serving.engine.control.search import Problem, price
+from serving.engine.control.search import OFF_RULE, Problem, may_pay, price
 from serving.engine.control.switchback import SIDE_STEPS, WINDOW_STEPS, Bypass, Speedup, Step, Switchback, _half_width
 from serving.engine.parameters import row_params
 from serving.engine.proposers.base import Offer
@@ -362,6 +362,27 @@ def test_the_search_is_nearly_exact(name: str) -> None:
         assert _rate(problem, costs, chosen) >= 0.99 * best
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_the_quick_look_at_matches_never_hides_one_that_pays(name: str) -> None:
+    """n = 300 random batches (seed 1): where it says no, pricing finds nothing either; it says both often enough."""
+    rng, costs = np.random.default_rng(1), CostModel(TABLES[name])
+    costs.overhead_s = 1e-3
+    said = [0, 0]
+    for _ in range(300):
+        batch, width = int(rng.integers(1, 20)), 5
+        free = np.cumprod(np.repeat(rng.uniform(0.0, rng.choice([0.03, 0.97]), (batch, 1)), width, axis=1), axis=1)
+        free[rng.random(batch) < 0.5] = 0.0
+        prefill, context = int(rng.integers(0, 2) * 40), int(rng.integers(0, 6000))
+        nothing = np.zeros(width, dtype=np.int64)
+        problem = Problem(np.zeros((batch, width)), free, np.zeros(batch), prefill, context, 0.0, nothing, 0, 0.0)
+        pays = price(problem, costs).tokens_per_s[0] >= OFF_RULE * price(problem, costs).plain
+        slots = int(np.count_nonzero(free))
+        may = bool(slots) and may_pay(float(free[:, 0].max()), slots, batch, prefill, context, 0.0, costs)
+        assert may or not pays
+        said[may] += 1
+    assert min(said) >= 30
+
+
 # -- choosing, on a simulated machine ----------------------------------------------------------
 
 
@@ -404,6 +425,23 @@ def test_probes_keep_to_their_share_of_the_time(share: float) -> None:
     assert chooser.explorer.spent_s <= (allowed if share else 0.0)
     assert (chooser.reasons["probe"] > 0) == (share > 0)
     assert machine.rate(200) >= (1 - 1.5 * share - 0.005) * fixed_rate(table, 0, 4, 0.0)
+
+
+def test_a_cheap_draft_beside_a_long_prompt_is_no_success_of_probing() -> None:
+    """On a draft that hardly ever pays probes become rarer, though it does for a step now and then: n = 1200 steps."""
+    table = cpu_table()
+    chooser = controller(table, explore_share=0.02)
+    machine = Machine(table, chooser, lambda step: 0.1).batch(8)
+    for _ in range(30):
+        machine.prefill_tokens = 400
+        machine.batch(7).batch(8).run(1)
+        machine.prefill_tokens = 0
+        machine.run(39)
+    assert chooser.reasons["speculate"] >= 20, "the test would not notice"
+    assert chooser.explorer.rate == 0.02 / 8
+    for _ in range(8):
+        chooser.explorer.decided(drafting=True)
+    assert chooser.explorer.rate == 0.02
 
 
 def test_a_probe_ends_with_its_request() -> None:

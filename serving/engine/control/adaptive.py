@@ -21,7 +21,7 @@ from serving.engine.control.explorer import Explorer
 from serving.engine.control.posterior import Beliefs, Kind
 from serving.engine.control.search import OFF_RULE, Priced, price
 from serving.engine.control.switchback import Step, Switchback
-from serving.engine.control.view import DRAFT, StepView, kind_of, own_choice
+from serving.engine.control.view import DRAFT, StepView, kind_of, matches_may_pay, own_choice
 from serving.engine.proposers.base import Offer
 from serving.engine.sequence import Sequence
 
@@ -165,7 +165,7 @@ class AdaptiveController:
     ) -> None:
         """Decide about text matches alone."""
         matches = [{name: item for name, item in offer.items() if name != DRAFT} for offer in offers]
-        if any(matches):
+        if any(matches) and matches_may_pay(self.beliefs, self.costs, requests, matches, shape):
             self._decide(requests, matches, shape, choices, may_probe=False)
         else:
             self.decision = replace(self.decision, reason="off", gammas=[0] * len(requests))
@@ -186,6 +186,7 @@ class AdaptiveController:
         view = StepView(self.beliefs, self.costs, requests, offers, shape, choices)
         priced = price(view.problem, self.costs)
         reason, depth, num_slots = self._pick(priced)
+        self.explorer.decided(drafting=depth > 0)
         gammas = priced.allocate(depth, num_slots).tolist() if num_slots else [0] * len(requests)
         drafted = priced.drafted[depth]
         for i, gamma in enumerate(gammas):
@@ -219,7 +220,6 @@ class AdaptiveController:
             return idle  # too few tokens are left to draft any: that says nothing about the depth in force
         if worth:
             self._set_depth(best)
-            self.explorer.paid_off()
             return "speculate", best, int(priced.slots[best])
         self._set_depth(0)
         if self.steps - self._faded_at >= _FADE_STEPS:

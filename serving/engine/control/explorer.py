@@ -26,6 +26,7 @@ class Explorer:
         self._share = share
         self._rng = rng
         self._failures = 0
+        self._drafting_steps = 0  # in a row
         self._budget_s = 0.0
         self._credit_s = 0.0  # of the budget, what was granted for something new
         self._new = True
@@ -54,9 +55,14 @@ class Explorer:
         self._failures = 0
         self._new = True
 
-    def paid_off(self) -> None:
-        """Hear that speculation pays again."""
-        self._failures = 0
+    def decided(self, *, drafting: bool) -> None:
+        """Hear whether a step drafts because it pays; if enough in a row do, probes have not been in vain.
+
+        One such step says nothing: beside a long prompt any draft is cheap.
+        """
+        self._drafting_steps = self._drafting_steps + 1 if drafting else 0
+        if self._drafting_steps >= BURST_ROUNDS:
+            self._failures = 0
 
     def forget(self, request: str) -> None:
         """End the probe of a request that ended, so that a later one of its name does not inherit it."""

@@ -93,6 +93,24 @@ def price(problem: Problem, costs: CostModel) -> Priced:
     return Priced(rate[_ROWS[:depths], slots], slots, survival, drafted, plain)
 
 
+def may_pay(
+    survival: float, num_slots: int, batch: int, prefill_rows: int, context_tokens: int, sampled_share: float,
+    costs: CostModel,
+) -> bool:  # fmt: skip
+    """Whether 1 to `num_slots` free tokens, none likelier to survive than this, could be worth verifying.
+
+    A bound that takes a tenth of the time of pricing them: no token brings more than the best, no row
+    costs less than rows cost on average where they are cheapest.  Requests that named their own length are
+    not reckoned with.
+    """
+    rows = batch + prefill_rows
+    plain_s = costs.target_s(rows, context_tokens, sampled_share * batch) + costs.fixed_s
+    more = costs.more_target_s(rows, num_slots + 1, sampled_share)[1:]
+    count = np.arange(1, num_slots + 1)
+    gained = (batch + count * survival) / (plain_s + more)
+    return bool(gained.max() >= OFF_RULE * batch / plain_s)
+
+
 def _plain(problem: Problem, costs: CostModel) -> tuple[float, float]:
     """Return seconds without drafting, and tokens per second if only requests with an own length draft."""
     batch = problem.draft.shape[0]
