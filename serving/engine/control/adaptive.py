@@ -19,9 +19,9 @@ from serving.engine.control.base import PLAIN, Choice, StepReport, StepShape
 from serving.engine.control.cost_model import CostModel
 from serving.engine.control.explorer import Explorer
 from serving.engine.control.posterior import Beliefs, Kind
-from serving.engine.control.search import OFF_RULE, Priced, price
+from serving.engine.control.search import OFF_RULE, Priced, price, price_matches
 from serving.engine.control.switchback import Step, Switchback
-from serving.engine.control.view import DRAFT, StepView, kind_of, matches_may_pay, own_choice
+from serving.engine.control.view import DRAFT, StepView, kind_of, own_choice
 from serving.engine.proposers.base import Offer
 from serving.engine.sequence import Sequence
 
@@ -165,10 +165,19 @@ class AdaptiveController:
     ) -> None:
         """Decide about text matches alone."""
         matches = [{name: item for name, item in offer.items() if name != DRAFT} for offer in offers]
-        if any(matches) and matches_may_pay(self.beliefs, self.costs, requests, matches, shape):
-            self._decide(requests, matches, shape, choices, may_probe=False)
-        else:
-            self.decision = replace(self.decision, reason="off", gammas=[0] * len(requests))
+        gammas = [0] * len(requests)
+        if not any(matches):
+            self.decision = replace(self.decision, reason="off", gammas=gammas)
+            return
+        view = StepView(self.beliefs, self.costs, requests, matches, shape, choices)
+        rate, plain, found = price_matches(view.problem, self.costs)
+        worth = rate >= OFF_RULE * plain
+        if worth:
+            gammas = found.tolist()
+            for i, gamma in enumerate(gammas):
+                choices[i] = Choice(view.free_names[i], gamma) if gamma else PLAIN
+        reason = "matches" if worth else "off"
+        self.decision = Decision(reason, 0, [rate], [int(found.sum())], plain, gammas, len(requests))
 
     def _follow(self, version: int) -> None:
         """Notice a new draft version: old measurements and failed probes say little about it."""
@@ -179,9 +188,8 @@ class AdaptiveController:
         self._version = version
 
     def _decide(
-        self, requests: list[Sequence], offers: list[dict[str, Offer]], shape: StepShape, choices: list[Choice],
-        *, may_probe: bool = True,
-    ) -> None:  # fmt: skip
+        self, requests: list[Sequence], offers: list[dict[str, Offer]], shape: StepShape, choices: list[Choice]
+    ) -> None:
         """Fill in the choices of the requests that leave it to the server."""
         view = StepView(self.beliefs, self.costs, requests, offers, shape, choices)
         priced = price(view.problem, self.costs)
@@ -192,7 +200,7 @@ class AdaptiveController:
         for i, gamma in enumerate(gammas):
             if gamma:
                 choices[i] = Choice(DRAFT if drafted[i] else view.free_names[i], gamma)
-        probe = self.explorer.pick(view.candidates(choices, priced.plain)) if may_probe and not depth else None
+        probe = self.explorer.pick(view.candidates(choices, priced.plain)) if not depth else None
         if probe is not None:
             at = view.index(probe[0])
             choices[at] = Choice(probe[1], min(1 if probe[1] == DRAFT else 2, offers[at][probe[1]].num_tokens))

@@ -58,7 +58,7 @@ class Explorer:
     def decided(self, *, drafting: bool) -> None:
         """Hear whether a step drafts because it pays; if enough in a row do, probes have not been in vain.
 
-        One such step says nothing: beside a long prompt any draft is cheap.
+        One such step says nothing: with few requests for a moment, any draft is cheap.
         """
         self._drafting_steps = self._drafting_steps + 1 if drafting else 0
         if self._drafting_steps >= BURST_ROUNDS:

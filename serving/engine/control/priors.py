@@ -50,6 +50,7 @@ class Prior:
     kept: float = 0.0  # Σ x
     spread: float = 0.0  # Σ x²/n
     strength: float = _START_STRENGTH
+    seen_lately: bool = False  # since it was last asked to fade
     _surprise: float = _surprise(_START_STRENGTH)
 
     @property
@@ -65,6 +66,7 @@ class Prior:
 
     def tokens_seen(self, accepted: float, examined: float) -> None:
         """Learn from one round; where the last few dozen tokens disagree, only they count from now on."""
+        self.seen_lately = True
         keep, keep_recent = _KIND_FORGETTING**examined, _RECENT_FORGETTING**examined
         self.accepted = self.accepted * keep + accepted
         self.examined = self.examined * keep + examined
@@ -105,8 +107,10 @@ class Prior:
         return min(_STRENGTH[1], max(_STRENGTH[0], 1 / correlation - 1))
 
     def fade(self) -> None:
-        """Trust what is not observed any more a little less."""
-        if self.examined > _FADED_TOKENS:
+        """Trust what was not observed since the last call a little less."""
+        if self.seen_lately:
+            self.seen_lately = False
+        elif self.examined > _FADED_TOKENS:
             self.examined *= FADING
             self.accepted *= FADING
 

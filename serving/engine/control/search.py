@@ -1,5 +1,8 @@
 """Find, for one step, how many tokens each request should draft so that the step's tokens per second are most.
 
+What counts is the time of decoding: prompts that are read beside it take theirs whatever is drafted, and a
+draft must not look cheap because a step is long anyway; they matter by what a row more costs beside them.
+
 For every depth the draft model might run to, slots (request, position) are taken in order of the
 chance that their token survives, and every count of slots is priced: one sort and one sum a depth.
 Survival never rises along a request, so what is taken is always the front of each draft.  Pure
@@ -93,22 +96,20 @@ def price(problem: Problem, costs: CostModel) -> Priced:
     return Priced(rate[_ROWS[:depths], slots], slots, survival, drafted, plain)
 
 
-def may_pay(
-    survival: float, num_slots: int, batch: int, prefill_rows: int, context_tokens: int, sampled_share: float,
-    costs: CostModel,
-) -> bool:  # fmt: skip
-    """Whether 1 to `num_slots` free tokens, none likelier to survive than this, could be worth verifying.
+def price_matches(problem: Problem, costs: CostModel) -> tuple[float, float, NDArray[np.int64]]:
+    """Return the tokens per second of verifying free tokens alone, those of none, and how many each request drafts.
 
-    A bound that takes a tenth of the time of pricing them: no token brings more than the best, no row
-    costs less than rows cost on average where they are cheapest.  Requests that named their own length are
-    not reckoned with.
+    What `price` says of depth 0 when nobody named a length of its own, in a small part of its time: a step that
+    leaves the draft model out is to cost next to nothing.  Shapes: last result [B].
     """
-    rows = batch + prefill_rows
-    plain_s = costs.target_s(rows, context_tokens, sampled_share * batch) + costs.fixed_s
-    more = costs.more_target_s(rows, num_slots + 1, sampled_share)[1:]
-    count = np.arange(1, num_slots + 1)
-    gained = (batch + count * survival) / (plain_s + more)
-    return bool(gained.max() >= OFF_RULE * batch / plain_s)
+    batch, width = problem.free.shape
+    survival = problem.free.ravel()
+    order = np.argsort(-survival, kind="stable")[: np.count_nonzero(survival)]
+    plain_s = costs.target_s(batch, problem.context_tokens, problem.sampled_share * batch) + costs.fixed_s
+    seconds = plain_s + costs.more_target_s(batch + problem.prefill_rows, len(order) + 1, problem.sampled_share)
+    rates = (batch + np.concatenate(([0.0], np.cumsum(survival[order])))) / seconds
+    slots = int(rates.argmax())
+    return float(rates[slots]), batch / plain_s, np.bincount(order[:slots] // width, minlength=batch)
 
 
 def _plain(problem: Problem, costs: CostModel) -> tuple[float, float]:
@@ -117,7 +118,7 @@ def _plain(problem: Problem, costs: CostModel) -> tuple[float, float]:
     own_total = int(problem.own_rows.sum())
     rows = batch + own_total
     sampled = problem.sampled_share * rows
-    seconds = costs.target_s(rows + problem.prefill_rows, problem.context_tokens, sampled) + costs.fixed_s
+    seconds = costs.target_s(rows, problem.context_tokens, sampled) + costs.fixed_s
     own_s = 0.0
     if own_total:
         nobody = np.zeros((1, batch), dtype=bool)

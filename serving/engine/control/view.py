@@ -7,7 +7,7 @@ import numpy as np
 from serving.engine.control.base import PLAIN, Choice, StepShape
 from serving.engine.control.cost_model import CostModel
 from serving.engine.control.posterior import Beliefs, Kind, match_bucket
-from serving.engine.control.search import Problem, may_pay
+from serving.engine.control.search import Problem
 from serving.engine.proposers.base import Offer
 from serving.engine.sequence import Sequence
 
@@ -99,20 +99,6 @@ class StepView:
     def _dwell(request: Sequence) -> float:
         """Rounds a request will probably still run; how far it stops short of its limit nobody knows."""
         return min(_LONGEST_DWELL, max(1.0, (request.max_tokens - request.num_generated) / 4.0))
-
-
-def matches_may_pay(
-    beliefs: Beliefs, costs: CostModel, requests: list[Sequence], matches: list[dict[str, Offer]], shape: StepShape
-) -> bool:
-    """Whether it is worth pricing these matches; most are not, and then nothing but this was spent on them."""
-    best, num_slots = 0.0, 0
-    for request, offer in zip(requests, matches, strict=True):
-        for name, item in offer.items():
-            mean = beliefs.mean(request.request_id, kind_of(request, name, item))
-            best = max(best, beliefs.front(mean, name, 1)[0])
-        num_slots += max((item.num_tokens for item in offer.values()), default=0)
-    sampled_share = sum(request.sampling.temperature > 0 for request in requests) / len(requests)
-    return may_pay(best, num_slots, len(requests), shape.prefill_tokens, shape.context_tokens, sampled_share, costs)
 
 
 def own_choice(request: Sequence, offers: dict[str, Offer]) -> Choice:
