@@ -12,12 +12,15 @@ from kernels.cpu import rows as compiled_rows
 from kernels.cpu.library import unavailable
 
 
-def argmax(values: torch.Tensor) -> torch.Tensor:
-    """Return where each row is largest: at its first NaN if it has one.
+def largest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest of each row and its place, the first of several; a NaN is larger than everything.
 
-    Shapes: values [rows, width]; result [rows] int64.
+    Shapes: values [rows, width]; results [rows], in the dtype of `values` and int64.
     """
-    return compiled_rows.argmax(values) if _compiled(values) else values.argmax(-1)
+    if _compiled(values):
+        return compiled_rows.largest(values)
+    found = values.max(-1)
+    return found.values, found.indices
 
 
 def sparse_log_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

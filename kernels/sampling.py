@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.dispatch import argmax
+from kernels.dispatch import largest
 from kernels.noise import LANES, MAX_GUMBEL, Purpose, gumbel
 from kernels.reference import exact_topk
 
@@ -135,7 +135,7 @@ def draw(
     holds only some tokens; noise belongs to tokens, so the draw is the one that a full row with -inf
     everywhere else would give, and the result is an index into `columns.token_ids`.
     """
-    best = argmax(scaled)
+    _, best = largest(scaled)
     sampled = torch.nonzero(params.temperature > 0).squeeze(1)
     if len(sampled):
         best[sampled] = _gumbel_argmax(scaled[sampled], best[sampled], params.rows(sampled), purpose, columns)

@@ -17,22 +17,28 @@ from kernels.noise import Purpose, uniform
 from kernels.sampling import RowParams, draw
 
 
+def verify_greedy(said: list[int], drafts: list[list[int]]) -> list[tuple[int, int]]:
+    """Return (num_accepted, next_token) of each request, where a drafted token is kept while it is what was said.
+
+    Shapes: `said` has len(drafts[i]) + 1 consecutive tokens for request i, the last one the bonus token.
+    """
+    results, start = [], 0
+    for drafted in drafts:
+        kept = 0
+        while kept < len(drafted) and drafted[kept] == said[start + kept]:
+            kept += 1
+        results.append((kept, said[start + kept]))
+        start += len(drafted) + 1
+    return results
+
+
 def verify_gumbel(scaled: torch.Tensor, params: RowParams, drafts: list[list[int]]) -> list[tuple[int, int]]:
     """Return (num_accepted, next_token) of each request.
 
     Shapes: scaled [rows, vocab] with len(drafts[i]) + 1 consecutive rows for request i, the last
     one deciding the bonus token.
     """
-    tokens = draw(scaled, params).tolist()
-    results, start = [], 0
-    for drafted in drafts:
-        said = tokens[start : start + len(drafted) + 1]
-        kept = 0
-        while kept < len(drafted) and drafted[kept] == said[kept]:
-            kept += 1
-        results.append((kept, said[kept]))
-        start += len(drafted) + 1
-    return results
+    return verify_greedy(draw(scaled, params).tolist(), drafts)
 
 
 def verify_maximal(

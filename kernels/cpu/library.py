@@ -127,8 +127,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.llama_scratch.restype = ctypes.c_size_t
     library.llama_states.argtypes = [pointer, pointer, pointer, pointer, number]
     library.llama_states.restype = None
-    library.rows_argmax.argtypes = [pointer, number, wide, pointer, number]
-    library.rows_argmax.restype = None
+    library.rows_largest.argtypes = [pointer, number, wide, pointer, pointer, number]
+    library.rows_largest.restype = None
     library.rows_scratch.argtypes = [wide, number, number]
     library.rows_scratch.restype = ctypes.c_size_t
     library.rows_top.argtypes = [pointer, number, wide, number, pointer, pointer, pointer, number]

@@ -133,10 +133,13 @@ static void top_of_row(const float *x, int64_t width, int k, float *peaks, struc
     }
 }
 
-/* Shapes: x [rows, width], places [rows]. */
-void rows_argmax(const float *x, int rows, int64_t width, int64_t *places, int threads) {
+/* Shapes: x [rows, width], values and places [rows]. */
+void rows_largest(const float *x, int rows, int64_t width, float *values, int64_t *places, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (int r = 0; r < rows; r++) places[r] = place_of_largest(x + r * width, width);
+    for (int r = 0; r < rows; r++) {
+        places[r] = place_of_largest(x + r * width, width);
+        values[r] = x[r * width + places[r]];
+    }
 }
 
 /* Floats of working memory that `rows_top` needs; an entry is as long as two. */

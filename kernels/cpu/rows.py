@@ -1,4 +1,4 @@
-"""Call the C kernels on rows of logits: the place of the largest, and the most likely with their log-probs."""
+"""Call the C kernels on rows of logits: the largest, and the most likely with their log-probs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 from kernels.cpu.library import load
 
 
-def argmax(x: torch.Tensor) -> torch.Tensor:
-    """Return the place of each row's first NaN, or else of the first of its largest.
+def largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's first NaN, or else the first of its largest: the value and its place.
 
-    Shapes: x [rows, width] float32, contiguous; result [rows] int64.
+    Shapes: x [rows, width] float32, contiguous; results [rows] float32 and int64.
     """
     rows, width = x.shape
-    places = torch.empty(rows, dtype=torch.long)
-    load().rows_argmax(x.data_ptr(), rows, width, places.data_ptr(), _threads(rows))
-    return places
+    values, places = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.long)
+    load().rows_largest(x.data_ptr(), rows, width, values.data_ptr(), places.data_ptr(), _threads(rows))
+    return values, places
 
 
 def top_log_probs(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

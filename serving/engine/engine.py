@@ -5,17 +5,20 @@ Knows nothing about HTTP, Redis, SQL or tokenizers.  Called by `serving.engine.s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import structlog
 import torch
 
-from adapter.contracts import FLOOR_VERSION, FinishReason, Sampling, TokenLogprob
+from adapter.contracts import FLOOR_VERSION, FinishReason, TokenLogprob
 from adapter.hotswap import HotSwap
+from kernels.dispatch import largest
 from kernels.sampling import shape_logits
-from kernels.verify import verify_gumbel, verify_maximal
+from kernels.verify import verify_greedy, verify_gumbel, verify_maximal
 from serving.engine.control.base import Controller, RoundReport, StepReport, StepShape
 from serving.engine.logprobs import token_logprobs
 from serving.engine.parameters import row_params
@@ -179,38 +182,37 @@ class Engine:
         self, logits: torch.Tensor, ready: list[Sequence], proposals: list[Proposal]
     ) -> tuple[list[Judged], list[range]]:
         """Return the verdict on each ready request's proposal, and which rows of the logits are its own."""
-        samplings: list[Sampling] = []
-        positions: list[int] = []
-        rows: list[range] = []
-        for request, proposal in zip(ready, proposals, strict=True):
-            count = len(proposal.tokens) + 1
-            rows.append(range(len(positions), len(positions) + count))
-            samplings.extend([request.sampling] * count)
-            positions.extend(range(len(request.tokens), len(request.tokens) + count))
         if not ready:
             return [], []
-        logits = self._end_broken(logits, rows, ready)
+        drafts = [proposal.tokens for proposal in proposals]
+        ends = list(accumulate(len(drafted) + 1 for drafted in drafts))
+        rows = [range(end - len(drafted) - 1, end) for end, drafted in zip(ends, drafts, strict=True)]
+        peaks, places = largest(logits)
+        finite = [math.isfinite(peak) for peak in peaks.tolist()]  # a NaN is the largest; -inf cannot be said
+        if not all(finite):
+            logits = self._end_broken(logits, finite, rows, ready)
+        elif all(request.sampling.temperature == 0 and request.constraints is None for request in ready):
+            return verify_greedy(places.tolist(), drafts), rows
+        samplings = [request.sampling for request, own in zip(ready, rows, strict=True) for _ in own]
+        positions = [len(request.tokens) + j for request, own in zip(ready, rows, strict=True) for j in range(len(own))]
         params = row_params(samplings, positions)
         scaled = shape_logits(_constrained(logits, rows, ready, proposals), params)
-        drafts = [proposal.tokens for proposal in proposals]
         if self._coupling == "gumbel":
             return verify_gumbel(scaled, params, drafts), rows
         laws = [torch.stack(item.scaled) if item.scaled else scaled[:0] for item in proposals]
         return verify_maximal(scaled, params, drafts, laws), rows
 
-    def _end_broken(self, logits: torch.Tensor, rows: list[range], ready: list[Sequence]) -> torch.Tensor:
+    def _end_broken(
+        self, logits: torch.Tensor, finite: list[bool], rows: list[range], ready: list[Sequence]
+    ) -> torch.Tensor:
         """Let requests whose logits are NaN or +inf end, and nobody find or inherit what they wrote."""
-        broken = ~torch.isfinite(logits.amax(-1))  # NaN wins every maximum; -inf is a token that cannot be said
-        if not bool(broken.any()):
-            return logits
-        flags = broken.tolist()
         for request, own in zip(ready, rows, strict=True):
-            if any(flags[own.start : own.stop]):
+            if not all(finite[own.start : own.stop]):
                 request.finish_reason = "error"
                 self.scheduler.spoil(request)
                 self.stats.not_finite += 1
                 log.error("target_not_finite", request_id=request.request_id, position=len(request.tokens))
-        return logits.masked_fill(broken[:, None], 0.0)
+        return logits.masked_fill(~torch.tensor(finite)[:, None], 0.0)
 
     def _commit(
         self, output: TargetOutput, rows: list[range], ready: list[Sequence], proposals: list[Proposal],

@@ -27,7 +27,7 @@ from serving.engine.sequence import Sequence
 
 _GAMMA_RATE = 0.02
 _FADE_STEPS = 16
-_REST_STEPS = 8  # that "off" stands: deciding takes a third of a millisecond, several per cent of a fast step
+_REST_STEPS = 16  # that "off" stands: deciding takes half a millisecond, several per cent of a fast step
 
 REASONS = {
     "speculate": "drafting up to {depth} tokens promises {best:.1f} tokens/s against {plain:.1f} without",

@@ -9,6 +9,7 @@ for long; a machine that slows down as a whole is the business of the factor bes
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ _ROWS = np.arange(_DENSE)
 _DOUBT = 32.0  # forwards of a size that are worth as much as its measurement at start
 _SLOWEST = 0.002
 _LIMIT = math.log(2.0)
-_RENEWED_EVERY = 8
+_RENEWED_EVERY = 32  # forwards; corrections are slower than that, and 2048 numbers take a while
 
 
 class LearnedCurve:
@@ -68,7 +69,7 @@ class LearnedCurve:
 
     def _neighbours(self, rows: int) -> list[tuple[int, float]]:
         """Return the sizes beside a number of rows, and how near it is to each; shares add up to 1."""
-        above = int(np.searchsorted(self._sizes, rows))
+        above = bisect_left(self._sizes, rows)
         if above == 0 or above == len(self._sizes):
             return [(min(above, len(self._sizes) - 1), 1.0)]
         low, high = self._sizes[above - 1], self._sizes[above]
