@@ -27,7 +27,7 @@ from serving.engine.sequence import Sequence
 
 _GAMMA_RATE = 0.02
 _FADE_STEPS = 16
-_REST_STEPS = 16  # that "off" stands: deciding takes half a millisecond, several per cent of a fast step
+_REST_STEPS = (8, 64)  # that "off" stands, at first and at most: deciding takes half a millisecond, a tenth of a step
 
 REASONS = {
     "speculate": "drafting up to {depth} tokens promises {best:.1f} tokens/s against {plain:.1f} without",
@@ -81,7 +81,8 @@ class AdaptiveController:
         self._depth = 0
         self._version: int | None = None
         self._kinds: dict[str, Kind] = {}  # of the proposal that runs now
-        self._rest = 0  # steps for which "off" stands
+        self._rest = 0  # steps for which "off" still stands
+        self._rest_length = 0  # and for how many it was said to
         self._resting: list[str] = []  # for these requests
         self._faded_at = 0
 
@@ -152,8 +153,11 @@ class AdaptiveController:
     def _rest_from_here(self, requests: list[Sequence]) -> None:
         """Leave the draft model out of the next steps: while it is off nothing is learned about it."""
         off = self.decision.reason in ("off", "matches") and all(request.gamma is None for request in requests)
-        self._rest = _REST_STEPS if off else 0
-        self._resting = [request.request_id for request in requests]
+        ids = [request.request_id for request in requests]
+        least, most = _REST_STEPS
+        again = off and self._resting == ids and self._rest_length > 0
+        self._rest_length = (min(most, 2 * self._rest_length) if again else least) if off else 0
+        self._rest, self._resting = self._rest_length, ids
 
     def _rests(self, requests: list[Sequence]) -> bool:
         """Whether the draft model is left out of this step; no longer once requests come or go."""
