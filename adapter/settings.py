@@ -96,7 +96,9 @@ class EngineSettings(_Section):
         True, description="keep a second copy of linear weights, laid out for the CPU; false is slower in less memory"
     )
     compiled: bool = Field(
-        True, description="compute Llama-shaped models in our own C kernels where there is a compiler and AVX-512"
+        True,
+        description="compute Llama-shaped models, and what a step asks of logits, in our own C kernels where there is "
+        "a compiler and AVX-512",
     )
     threads: int = Field(0, ge=0, description="torch threads; 0 leaves the choice to torch")
     swap_poll_s: float = Field(0.2, gt=0, description="how often the registry is asked for a new live version")

@@ -1,4 +1,4 @@
-"""The door to operations of which there are several forms: each call takes the fastest that can be had here.
+"""The door to statistics of rows of logits: each call takes the fastest form that can be had here.
 
 The truth they are all compared with is `kernels.reference`.
 """
@@ -10,6 +10,14 @@ import torch
 from kernels import reference
 from kernels.cpu import rows as compiled_rows
 from kernels.cpu.library import unavailable
+
+_allowed = True
+
+
+def allow_compiled(allowed: bool) -> None:
+    """Say whether this process may use our C kernels here; until somebody does, it may."""
+    global _allowed
+    _allowed = allowed
 
 
 def largest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +35,7 @@ def sparse_log_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
     """Return ids and natural log-probs of the k most likely tokens of each row, the likeliest first.
 
     Shapes: logits [rows, vocab]; ids [rows, k] int64; log-probs [rows, k] float32.  The tail mass is what the
-    returned probabilities leave over.
+    returned probabilities leave over.  Which of equally likely tokens come first, nobody says.
     """
     if _compiled(logits) and 0 < k <= logits.shape[1]:
         return compiled_rows.top_log_probs(logits, k)
@@ -37,5 +45,5 @@ def sparse_log_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
 def _compiled(values: torch.Tensor) -> bool:
     return (
         values.dtype == torch.float32 and values.is_cpu and values.is_contiguous() and values.numel() > 0
-        and unavailable() is None
+        and _allowed and unavailable() is None
     )  # fmt: skip

@@ -113,8 +113,8 @@ def _why_unmeasured(load: EngineLoad) -> str:
     if load.controller == "fixed":
         return "The speed-up is not measured: only `engine.controller` = adaptive measures it."
     return (
-        "The speed-up is not measured yet: that takes `engine.switchback_share` above 0, and steps that draft; while "
-        "the controller drafts nothing there is nothing to compare."
+        "The speed-up is not measured yet: that takes `engine.switchback_share` above 0, and traffic of "
+        "which most steps draft; where the controller seldom drafts there is nothing to compare."
     )
 
 

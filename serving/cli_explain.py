@@ -70,8 +70,9 @@ def _print_decision(decision: dict[str, Any]) -> None:
     plain = decision["plain_tokens_per_s"]
     for item in decision["alternatives"]:
         mark = " ←" if item["gamma"] == decision["gamma"] else ""
-        ratio = f"{item['tokens_per_s'] / plain:.3f}" if plain else "–"
-        table.add_row(f"{item['gamma']}{mark}", f"{item['tokens_per_s']:.1f}", ratio, str(item["drafted"]))
+        rate = item["tokens_per_s"]  # 0 where no request would draft so deep
+        ratio = f"{rate / plain:.3f}" if plain and rate else "–"
+        table.add_row(f"{item['gamma']}{mark}", f"{rate:.1f}" if rate else "–", ratio, str(item["drafted"]))
     console.print(table, highlight=False)
 
 

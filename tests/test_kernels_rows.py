@@ -77,6 +77,10 @@ def test_ties_and_cut_tokens_among_the_likeliest() -> None:
     torch.testing.assert_close(log_probs[0, :2].exp(), torch.tensor([0.5, 0.5]))
     assert log_probs[0, 2:].tolist() == [-INF, -INF]
     assert len(set(ids[0].tolist())) == 4
+    ids, log_probs = compiled_rows.top_log_probs(torch.tensor([[NAN, 1.0, NAN, 2.0, NAN]]), 4)
+    assert ids[0, :2].tolist() == [3, 1]
+    assert sorted(ids[0].tolist()) in ([0, 1, 2, 3], [0, 1, 3, 4], [1, 2, 3, 4])
+    assert torch.isnan(log_probs).all()
 
 
 @needs_kernels
@@ -106,3 +110,14 @@ def test_the_door_takes_every_tensor() -> None:
         wanted, near = reference.sparse_log_probs(given, 7)
         assert torch.equal(ids, wanted)
         torch.testing.assert_close(log_probs, near, rtol=0, atol=1e-5)
+
+
+def test_a_process_that_may_not_compile_does_not() -> None:
+    """With the setting off nothing is compiled or loaded, in the first step least of all."""
+    library._load.cache_clear()
+    dispatch.allow_compiled(False)
+    try:
+        assert dispatch.largest(logits_of(3, 200))[1].shape == (3,)
+        assert library._load.cache_info().currsize == 0
+    finally:
+        dispatch.allow_compiled(True)

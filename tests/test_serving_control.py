@@ -57,6 +57,7 @@ from serving.engine.control.cost_table import (
 from serving.engine.control.fixed import FixedGamma
 from serving.engine.control.posterior import Beliefs, match_bucket
 from serving.engine.control.priors import START, Prior
+from serving.engine.control.rest import Rest
 from serving.engine.control.search import Problem, price, price_matches
 from serving.engine.control.switchback import SIDE_STEPS, WINDOW_STEPS, Bypass, Speedup, Step, Switchback, _half_width
 from serving.engine.parameters import row_params
@@ -376,7 +377,8 @@ def test_matches_alone_are_priced_as_among_everything(name: str) -> None:
         free[rng.random(batch) < 0.5] = 0.0
         prefill, context = int(rng.integers(0, 2) * 40), int(rng.integers(0, 6000))
         nothing = np.zeros(width, dtype=np.int64)
-        problem = Problem(np.zeros((batch, width)), free, np.zeros(batch), prefill, context, 0.0, nothing, 0, 0.0)
+        share = float(rng.choice([0.0, 0.5, 1.0]))
+        problem = Problem(np.zeros((batch, width)), free, np.zeros(batch), prefill, context, share, nothing, 0, 0.0)
         rate, plain, gammas = price_matches(problem, costs)
         whole = price(problem, costs)
         assert rate == pytest.approx(whole.tokens_per_s[0])
@@ -468,6 +470,36 @@ def test_a_long_prompt_makes_no_draft_worth_its_time(name: str) -> None:
         paid += bool(pays)
         assert pays or beside.tokens_per_s.max() <= 1.01 * beside.plain  # rows beside a prompt may cost a bit less
     assert 10 <= paid <= 90
+
+
+def test_an_off_draft_is_considered_ever_more_rarely_and_at_once_after_a_change() -> None:
+    """Rests of 8, 16, 32, 64, 64 steps for the same requests; others, and whatever ends a rest, begin with 8 again."""
+    rest, same, other = Rest(), ["a", "b"], ["a", "c"]
+
+    def length(ids: list[str]) -> int:
+        rest.begin(ids)
+        return next(step for step in itertools.count(1) if not rest.take(ids))
+
+    assert [length(same) for _ in range(5)] == [8, 16, 32, 64, 64]
+    rest.begin(same)
+    assert not rest.take(other)
+    assert [length(other), length(other)] == [8, 16]
+    rest.end()
+    assert not rest.take(other)
+    assert length(other) == 8
+
+
+def test_what_was_learned_survives_until_drafting_is_switched_off() -> None:
+    """5,000 steps of drafting are no time in which nothing was observed: one request at 0.8, then drafts get dear."""
+    chooser = controller(cpu_table())
+    machine = Machine(cpu_table(), chooser, lambda step: 0.8).batch(1).run(5000)
+    name = machine.requests[0].request_id
+    (record,) = chooser.beliefs._records[name].values()
+    before = record.examined
+    chooser.costs.draft_correction.log_factor = 2.0  # drafting is dear all at once
+    while chooser.decision.reason not in ("off", "matches"):
+        machine.run(1)
+    assert record.examined >= 0.7 * before
 
 
 def test_a_probe_ends_with_its_request() -> None:
@@ -566,6 +598,33 @@ def test_free_matches_are_used_where_a_draft_does_not_pay() -> None:
         mean[False] += sum(gammas[i] for i in short) / max(1, len(short)) / 100
     assert mean[True] > 2
     assert mean[False] < 0.2
+
+
+def test_what_is_told_of_the_last_choice_holds() -> None:
+    """While drafts never pay and matches do now and then, every sentence of "off" compares what it says, n = 400 steps;
+    the last round of a request, in which nothing can be drafted, hides nothing."""
+
+    def match(name: str, step: int) -> tuple[Offer, float] | None:
+        return (Offer(6, match_tokens=12), 0.9) if step % 5 == 0 else None
+
+    chooser = controller(cpu_table(), explore_share=0.02)
+    machine = Machine(cpu_table(), chooser, lambda step: 0.02, match=match).batch(8)
+    told = set()
+    for _ in range(400):
+        machine.run(1)
+        decision: Any = chooser.explain()["decision"]
+        told.add(decision["reason"])
+        if decision["reason"] == "off":
+            rates = [item["tokens_per_s"] for item in decision["alternatives"]]
+            assert max(rates[1:] or rates) < 1.03 * decision["plain_tokens_per_s"]
+            assert "best, 0 tokens" not in decision["sentence"]
+    assert {"off", "matches", "probe"} <= told
+    before = chooser.explain()["decision"]
+    for item in machine.requests:
+        item.max_tokens = item.num_generated + 1
+    machine.run(1)
+    assert chooser.explain()["decision"] == before
+    assert chooser.reasons["nothing"] == 1
 
 
 def test_a_request_gets_the_length_it_named() -> None:

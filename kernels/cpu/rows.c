@@ -122,8 +122,10 @@ static void top_of_row(const float *x, int64_t width, int k, float *peaks, struc
     for (int64_t s = 0; s < spans; s++) {
         if (peaks[s] < border) continue;
         const int64_t end = (s + 1) * SPAN < width ? (s + 1) * SPAN : width;
-        for (int64_t i = s * SPAN; i < end; i++)
-            if (x[i] >= border) offer(heap, k, x[i], (int32_t)i);
+        for (int64_t i = s * SPAN; i < end; i++) {
+            const float value = x[i] == x[i] ? x[i] : -INFINITY; /* a NaN has a place, too */
+            if (value >= border) offer(heap, k, value, (int32_t)i);
+        }
     }
     for (int left = k; left > 0; left--) { /* the worst comes first, and goes last */
         log_probs[left - 1] = heap[0].value - total;

@@ -104,8 +104,8 @@ class Admission:
         version = names.get(wanted) if isinstance(wanted, str) else wanted
         if version is None or swap is None or swap.resident(version) is None:
             here = sorted({FLOOR_VERSION, swap.version, swap.previous} - {None}) if swap else []  # type: ignore[type-var]
+            named = '"live", "floor"' + (', "previous"' if swap and swap.previous is not None else "")
             raise Refusal(
-                400, f"draft version {wanted!r} is not loaded; use \"live\", \"floor\", \"previous\" or one of {here}",
-                "speculative.version",
+                400, f"draft version {wanted!r} is not loaded; use {named} or one of {here}", "speculative.version",
             )  # fmt: skip
         return version

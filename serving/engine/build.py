@@ -24,6 +24,7 @@ from adapter.registry import Registry
 from adapter.settings import Settings
 from adapter.streams import StreamPublisher
 from kernels.cpu.library import unavailable
+from kernels.dispatch import allow_compiled
 from kernels.packed_linear import packing_works
 from serving.engine import attention
 from serving.engine.control.adaptive import adaptive
@@ -181,7 +182,8 @@ def _forwards(settings: Settings, *, int8: bool = False) -> Forwards:
 def _say_compiled(settings: Settings) -> None:
     """Compile the C kernels now, once for all models, and say so where that cannot be done."""
     engine = settings.engine
-    if engine.lean and engine.pack and engine.compiled and (reason := unavailable()):
+    allow_compiled(engine.compiled)
+    if engine.compiled and (reason := unavailable()) and engine.lean and engine.pack:
         log.warning("not_compiled", reason=reason, effect="torch computes instead, several times slower")
 
 

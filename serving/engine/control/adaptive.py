@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from serving.engine.control.base import PLAIN, Choice, StepReport, StepShape
 from serving.engine.control.cost_model import CostModel
 from serving.engine.control.explorer import Explorer
 from serving.engine.control.posterior import Beliefs, Kind
+from serving.engine.control.rest import Rest
 from serving.engine.control.search import OFF_RULE, Priced, price, price_matches
 from serving.engine.control.switchback import Step, Switchback
 from serving.engine.control.view import DRAFT, StepView, kind_of, own_choice
@@ -27,7 +28,6 @@ from serving.engine.sequence import Sequence
 
 _GAMMA_RATE = 0.02
 _FADE_STEPS = 16
-_REST_STEPS = (8, 64)  # that "off" stands, at first and at most: deciding takes half a millisecond, a tenth of a step
 
 REASONS = {
     "speculate": "drafting up to {depth} tokens promises {best:.1f} tokens/s against {plain:.1f} without",
@@ -36,11 +36,13 @@ REASONS = {
     "matches": "only text matches are worth verifying: {now:.1f} tokens/s against {plain:.1f} without",
     "off": "the best, {depth_best} tokens, promises {best:.1f} tokens/s: less than {off_rule:.0%} of the {plain:.1f} "
     "without",
+    "off_matches": "the text matches at hand promise {now:.1f} tokens/s: less than {off_rule:.0%} of the {plain:.1f} "
+    "without",
     "probe": "{best:.1f} tokens/s at best against {plain:.1f} without; one request drafts all the same, to learn",
     "window": "a short window without speculation, to measure what it brings",
     "bypass": "speculation was measured to be slower than none; it is tried again later",
-    "own": "every request named its own draft length",
-    "nothing": "no proposer offered anything",
+    "own": "every request named its own draft length, or switched speculation off",
+    "nothing": "nothing was chosen yet, or no proposer had anything to offer",
 }
 
 
@@ -81,9 +83,7 @@ class AdaptiveController:
         self._depth = 0
         self._version: int | None = None
         self._kinds: dict[str, Kind] = {}  # of the proposal that runs now
-        self._rest = 0  # steps for which "off" still stands
-        self._rest_length = 0  # and for how many it was said to
-        self._resting: list[str] = []  # for these requests
+        self._rest = Rest()
         self._faded_at = 0
 
     # -- the interface of a controller ---------------------------------------------------------
@@ -99,19 +99,26 @@ class AdaptiveController:
         ]
         self.steps += 1
         silent = self.switchback.plain_now(blocked=any(choice.gamma for choice in choices))
+        reason = silent or "nothing"
         if silent:
             self.decision = Decision(silent, batch=len(requests))
-            self._rest = 0  # a window says nothing that a rest could repeat
+            self._rest.end()
         elif any(offer for request, offer in zip(requests, offers, strict=True) if request.gamma is None):
-            if self._rests(requests):
-                self._match(requests, offers, shape, choices)
+            ids = [request.request_id for request in requests]
+            if self._rest.take(ids):
+                reason = self._match(requests, offers, shape, choices)
             else:
-                self._decide(requests, offers, shape, choices)
-                self._rest_from_here(requests)
-        else:
-            own = any(request.gamma is not None for request in requests)
-            self.decision = Decision("own" if own else "nothing", batch=len(requests))
-        self._note(requests, offers, choices, shape)
+                reason = self._decide(requests, offers, shape, choices)
+                idle = reason in ("off", "matches") and all(request.gamma is None for request in requests)
+                if idle:
+                    self._rest.begin(ids)
+                else:
+                    self._rest.end()
+        elif any(request.gamma is not None for request in requests):
+            reason = "own"
+            self.decision = Decision(reason, batch=len(requests))
+        # else it is the last round of a request, and what was decided before it is worth more to a reader
+        self._note(reason, requests, offers, choices)
         return choices
 
     def observe(self, report: StepReport) -> None:
@@ -136,7 +143,7 @@ class AdaptiveController:
         """Keep what a finished request taught about its kind, and nothing else of it."""
         self.beliefs.forget(request.request_id)
         self.explorer.forget(request.request_id)
-        self._rest, self._resting = 0, []
+        self._rest.end()
         self._kinds.pop(request.request_id, None)
 
     def explain(self) -> dict[str, object]:
@@ -150,55 +157,42 @@ class AdaptiveController:
 
     # -- deciding ----------------------------------------------------------------------------
 
-    def _rest_from_here(self, requests: list[Sequence]) -> None:
-        """Leave the draft model out of the next steps: while it is off nothing is learned about it."""
-        off = self.decision.reason in ("off", "matches") and all(request.gamma is None for request in requests)
-        ids = [request.request_id for request in requests]
-        least, most = _REST_STEPS
-        again = off and self._resting == ids and self._rest_length > 0
-        self._rest_length = (min(most, 2 * self._rest_length) if again else least) if off else 0
-        self._rest, self._resting = self._rest_length, ids
-
-    def _rests(self, requests: list[Sequence]) -> bool:
-        """Whether the draft model is left out of this step; no longer once requests come or go."""
-        self._rest -= 1
-        return self._rest > 0 and self._resting == [request.request_id for request in requests]
-
     def _match(
         self, requests: list[Sequence], offers: list[dict[str, Offer]], shape: StepShape, choices: list[Choice]
-    ) -> None:
-        """Decide about text matches alone."""
+    ) -> str:
+        """Decide about text matches alone, and return the reason; one that drafts nothing leaves the last decision."""
         matches = [{name: item for name, item in offer.items() if name != DRAFT} for offer in offers]
-        gammas = [0] * len(requests)
         if not any(matches):
-            self.decision = replace(self.decision, reason="off", gammas=gammas)
-            return
+            return "off"
         view = StepView(self.beliefs, self.costs, requests, matches, shape, choices)
         rate, plain, found = price_matches(view.problem, self.costs)
-        worth = rate >= OFF_RULE * plain
-        if worth:
-            gammas = found.tolist()
-            for i, gamma in enumerate(gammas):
-                choices[i] = Choice(view.free_names[i], gamma) if gamma else PLAIN
-        reason = "matches" if worth else "off"
-        self.decision = Decision(reason, 0, [rate], [int(found.sum())], plain, gammas, len(requests))
+        if rate < OFF_RULE * plain:
+            return "off"
+        gammas = found.tolist()
+        for i, gamma in enumerate(gammas):
+            choices[i] = Choice(view.free_names[i], gamma) if gamma else PLAIN
+        self.decision = Decision("matches", 0, [rate], [sum(gammas)], plain, gammas, len(requests))
+        return "matches"
 
     def _follow(self, version: int) -> None:
         """Notice a new draft version: old measurements and failed probes say little about it."""
         if self._version is not None and version != self._version:
-            self._rest = 0
+            self._rest.end()
             self.switchback.forget()
             self.explorer.renew()
         self._version = version
 
     def _decide(
         self, requests: list[Sequence], offers: list[dict[str, Offer]], shape: StepShape, choices: list[Choice]
-    ) -> None:
-        """Fill in the choices of the requests that leave it to the server."""
+    ) -> str:
+        """Fill in the choices of the requests that leave it to the server, and return the reason."""
         view = StepView(self.beliefs, self.costs, requests, offers, shape, choices)
         priced = price(view.problem, self.costs)
         reason, depth, num_slots = self._pick(priced)
-        self.explorer.decided(drafting=depth > 0)
+        if depth:
+            self._faded_at = self.steps  # what is drafted is observed
+        if len(priced.tokens_per_s) > 1:  # else there was nothing to decide about the draft model
+            self.explorer.decided(drafting=depth > 0)
         gammas = priced.allocate(depth, num_slots).tolist() if num_slots else [0] * len(requests)
         drafted = priced.drafted[depth]
         for i, gamma in enumerate(gammas):
@@ -212,6 +206,7 @@ class AdaptiveController:
         self.decision = Decision(
             reason, depth, priced.tokens_per_s.tolist(), priced.slots.tolist(), priced.plain, gammas, len(requests)
         )
+        return reason
 
     def _pick(self, priced: Priced) -> tuple[str, int, int]:
         """Apply the off rule and the hysteresis; return the reason, the depth and its slots.
@@ -234,9 +229,10 @@ class AdaptiveController:
             self._set_depth(best)
             return "speculate", best, int(priced.slots[best])
         self._set_depth(0)
-        if self.steps - self._faded_at >= _FADE_STEPS:
+        periods = (self.steps - self._faded_at) // _FADE_STEPS
+        if periods:
             self._faded_at = self.steps
-            self.beliefs.fade()
+            self.beliefs.fade(periods)
         return idle
 
     def _set_depth(self, depth: int) -> None:
@@ -246,10 +242,10 @@ class AdaptiveController:
     # -- telling -----------------------------------------------------------------------------
 
     def _note(
-        self, requests: list[Sequence], offers: list[dict[str, Offer]], choices: list[Choice], shape: StepShape
+        self, reason: str, requests: list[Sequence], offers: list[dict[str, Offer]], choices: list[Choice]
     ) -> None:
         """Remember what will be reported on, and count."""
-        self.reasons[self.decision.reason] += 1
+        self.reasons[reason] += 1
         total = 0
         for request, offer, choice in zip(requests, offers, choices, strict=True):
             if choice.gamma and choice.proposer is not None:
@@ -260,8 +256,10 @@ class AdaptiveController:
     def _explained(self) -> dict[str, object]:
         last = self.decision
         rates = last.alternatives
-        best = int(np.argmax(rates)) if rates else 0
-        sentence = REASONS[last.reason].format(
+        drafted = len(rates) > 1  # else only matches were priced
+        best = int(np.argmax(rates[1:])) + 1 if drafted else 0
+        words = "off_matches" if last.reason == "off" and not drafted else last.reason
+        sentence = REASONS[words].format(
             depth=last.depth, depth_best=best, best=rates[best] if rates else 0.0, plain=last.plain,
             now=rates[last.depth] if rates else 0.0, hysteresis=self._hysteresis, off_rule=OFF_RULE,
         )  # fmt: skip

@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 Measure = Callable[[int, int], float]  # (rows, context tokens) -> seconds of one forward
 Floats = NDArray[np.float64]
 
-FORMAT = 1
+FORMAT = 2  # and of how it is measured
 _FAR = 1_000_000  # rows no step reaches: the last slope goes on up to there
 _SMALL = (1, 2, 3, 4, 6, 8)
 _TURNS = 3  # of a size, for which there must be time

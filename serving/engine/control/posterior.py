@@ -150,14 +150,15 @@ class Beliefs:
         """Let what was observed count from now on."""
         self._summaries.clear()
 
-    def fade(self) -> None:
+    def fade(self, periods: int) -> None:
         """Trust what is not observed any more a little less; called now and then while nothing is drafted."""
         for prior in self.priors.values():
-            prior.fade()
+            prior.fade(periods)
+        keep = FADING**periods
         for records in self._records.values():
             for record in records.values():
-                record.examined *= FADING
-                record.accepted *= FADING
+                record.examined *= keep
+                record.accepted *= keep
         self.renew()
 
     def _stretch_ends(self, kind: Kind, record: _Record) -> None:

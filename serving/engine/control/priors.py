@@ -106,13 +106,14 @@ class Prior:
         correlation = min(1.0, max(1e-3, excess / room))
         return min(_STRENGTH[1], max(_STRENGTH[0], 1 / correlation - 1))
 
-    def fade(self) -> None:
-        """Trust what was not observed since the last call a little less."""
+    def fade(self, periods: int) -> None:
+        """Trust what was not observed since the last call a little less, the longer that is ago."""
         if self.seen_lately:
             self.seen_lately = False
         elif self.examined > _FADED_TOKENS:
-            self.examined *= FADING
-            self.accepted *= FADING
+            keep = max(FADING**periods, _FADED_TOKENS / self.examined)
+            self.examined *= keep
+            self.accepted *= keep
 
     def heir(self) -> Prior:
         """Return what a new kind that resembles this one starts from."""

@@ -79,9 +79,9 @@ def timer(
     def run(rows: int, context_tokens: int) -> float:
         requests = max(1, min(-(-rows // rows_each), most_requests))
         read = list(range(-(-(context_tokens + rows) // block_tokens))) if context_tokens else []
-        if read:  # memory that was never written is one page, and that stays in the CPU's caches
-            runner.pool.clear(read)
-            runner.forward([Work([0], 0, [0], 1)])
+        if read:
+            runner.pool.clear(read)  # memory that was never written is one page, and that stays in the CPU's caches
+            runner.forward([Work([0], 0, [0], 1)])  # drives what was just written out of them, as weights do in a step
         work = []
         for i in range(requests):
             count = rows // requests + (i < rows % requests)
