@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 # Tiny tensors gain nothing from threads, and spinning ones starve the other processes a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Triton reads this once, when it is imported: its kernels run in its interpreter where there is no GPU.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 START_TIMEOUT_S = 20.0
 _POLL_S = 0.01

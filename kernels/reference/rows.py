@@ -1,7 +1,4 @@
-"""Plain-torch truth of every operation the engine and the trainer share.
-
-These run where there is no faster form (`kernels.dispatch`), and are what every faster form is compared with.
-"""
+"""Statistics of rows of logits."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Triton kernels, one operation a file; `kernels.dispatch` is the only door to them outside of tests."""
