@@ -234,7 +234,7 @@ def _check(rig: Rig, alone: Rig, plan: list[dict[str, Any]], seed: int, chooser:
     requests = [admission.to_sequence(item, float(i)) for i, item in enumerate(submits)]
     heard = _drive(rig, requests, plan, random.Random(seed))
     for request, item, submit in zip(requests, plan, submits, strict=True):
-        if rig.built.engine._coupling == "maximal" and submit.sampling.temperature > 0:
+        if rig.built.engine.rounds.coupling == "maximal" and submit.sampling.temperature > 0:
             continue  # another text of the same law
         expected, reason = _expected(alone, submit)
         got = heard[request.request_id]

@@ -44,7 +44,7 @@ def rotary_tables(rotary: Any, end: int, like: torch.Tensor) -> tuple[torch.Tens
 
     Shapes: both [positions, dim], in the dtype of `like`.
     """
-    cos, sin = rotary(like, torch.arange(1 << (end - 1).bit_length())[None])
+    cos, sin = rotary(like, torch.arange(1 << (end - 1).bit_length(), device=like.device)[None])
     sin = sin[0].clone()
     sin[:, : sin.shape[1] // 2].neg_()
     return cos[0].contiguous(), sin

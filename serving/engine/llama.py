@@ -10,6 +10,7 @@ Sources: the Llama, Qwen2, Qwen3 and Mistral architectures as transformers imple
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,7 @@ class _Norm:
 
     weight: torch.Tensor
     epsilon: torch.Tensor
+    eps: float
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise over the last dimension, in float32."""
@@ -70,12 +72,12 @@ class _Norm:
 
     def compiled(self) -> compiled_forward.Norm:
         """The same norm for the compiled layers, with its weight as it is now."""
-        return compiled_forward.Norm(self.weight.detach().float().contiguous(), float(self.epsilon))
+        return compiled_forward.Norm(self.weight.detach().float().contiguous(), self.eps)
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Parts of one layer; head_norm is None where queries and keys are not normalised."""
+    """Parts of one layer; head_norm, one row a head, is None where queries and keys are not normalised."""
 
     input_norm: _Norm
     qkv: PackedLinear
@@ -85,6 +87,7 @@ class _Layer:
     gate_up: PackedLinear
     down: PackedLinear
     scaling: float
+    head_norms: tuple[torch.Tensor, torch.Tensor, float] | None  # weights [dim] of queries and keys, and epsilon
 
     def compiled(self) -> compiled_forward.Layer:
         """The same layer for the compiled forward, with its weights as they were packed."""
@@ -104,12 +107,12 @@ class LeanLlama:
 
     def __init__(self, model: Any) -> None:
         config, inner = model.config, model.model
-        self._heads: int = config.num_attention_heads
-        self._kv_heads: int = config.num_key_value_heads
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads
         self._dim: int = inner.layers[0].self_attn.head_dim
-        self._embedding: torch.Tensor = inner.embed_tokens.weight
-        self._layers = [_fuse_layer(layer, self._heads, self._kv_heads) for layer in inner.layers]
-        self._norm = _norm(inner.norm)
+        self.embedding: torch.Tensor = inner.embed_tokens.weight
+        self.layers = [_fuse_layer(layer, self.heads, self.kv_heads) for layer in inner.layers]
+        self.norm = _norm(inner.norm)
         self._rotary = inner.rotary_emb
         self._cos = self._sin = torch.empty(0)
         self._compiled: CompiledLlama | None = None
@@ -123,7 +126,7 @@ class LeanLlama:
         """
         compiled = compiled and self._dim in compiled_forward.HEAD_DIMS
         self._compiled = None  # lets go of what is packed now, before there is a second copy
-        for layer in self._layers:
+        for layer in self.layers:
             for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
                 stays_plain = linear is layer.down and linear.weight.dtype == torch.float32
                 linear.int8, linear.compiled = int8 and (compiled or can_quantize()), compiled
@@ -134,7 +137,7 @@ class LeanLlama:
     def run(self, tokens: torch.Tensor, pool: KVPool, rows: list[Row], wanted: torch.Tensor | None) -> torch.Tensor:
         """Process the tokens of a step, short rows first; arguments and result as those of `states`."""
         if self._compiled is not None:
-            return self._compiled.states(embedding(tokens, self._embedding), pool, rows, wanted)
+            return self._compiled.states(embedding(tokens, self.embedding), pool, rows, wanted)
         return self.states(tokens, pool, build_layout(rows, pool.block_tokens, pool.dtype, pool.shared), wanted)
 
     def states(self, tokens: torch.Tensor, pool: KVPool, layout: Layout, wanted: torch.Tensor | None) -> torch.Tensor:
@@ -142,13 +145,13 @@ class LeanLlama:
 
         Shapes: tokens [tokens] int64; wanted [rows] indices into them; result [rows, hidden_size].
         """
-        x = embedding(tokens, self._embedding)
+        x = embedding(tokens, self.embedding)
         if layout.end > len(self._cos):
             self._extend_tables(layout.end, x)
         cos = self._cos.index_select(0, layout.positions)[:, None]
         sin = self._sin.index_select(0, layout.positions)[:, None]
-        last = len(self._layers) - 1
-        for number, layer in enumerate(self._layers):
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
             query, key, value = self._project(layer, x, cos, sin)
             attended = attend(pool, layout, number, query, key, value, layer.scaling).flatten(1)
             if number == last and wanted is not None:
@@ -157,47 +160,54 @@ class LeanLlama:
             gate_up = layer.gate_up.forward(layer.mlp_norm(x))
             gate, up = gate_up.chunk(2, dim=-1)
             x += layer.down.forward(silu(gate).mul_(up))
-        return self._norm(x)
+        return self.norm(x)
 
     def _project(
         self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return queries, keys, both rotated, and values; each [tokens, its heads, dim]."""
         qkv = layer.qkv.forward(layer.input_norm(x)).view(len(x), -1, self._dim)
-        rotating = self._heads + self._kv_heads
+        rotating = self.heads + self.kv_heads
         turned = qkv[:, :rotating]
         if layer.head_norm is not None:
             turned = layer.head_norm(turned)
         # The halves change places and the table of sines holds the sign, so nothing is negated.
         turned = torch.addcmul(turned * cos, turned.roll(self._dim // 2, -1), sin)
-        return turned[:, : self._heads], turned[:, self._heads :], qkv[:, rotating:]
+        return turned[:, : self.heads], turned[:, self.heads :], qkv[:, rotating:]
 
     def _compile(self) -> CompiledLlama:
-        layers = [layer.compiled() for layer in self._layers]
+        layers = [layer.compiled() for layer in self.layers]
         parts = compiled_forward.Layers(
-            layers, self._norm.compiled(), heads=self._heads, kv_heads=self._kv_heads, dim=self._dim
+            layers, self.norm.compiled(), heads=self.heads, kv_heads=self.kv_heads, dim=self._dim
         )
         return CompiledLlama(parts, self._rotary)
+
+    def rotary_tables(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines, and sines whose first half is negated, of `end` positions.  Shapes: [positions, dim]."""
+        return rotary_tables(self._rotary, end, self.embedding)
 
     def _extend_tables(self, end: int, like: torch.Tensor) -> None:
         self._cos, self._sin = rotary_tables(self._rotary, end, like)
 
 
 def _norm(module: Any) -> _Norm:
-    return _Norm(module.weight, torch.tensor(module.variance_epsilon, dtype=torch.float32))
+    epsilon = float(module.variance_epsilon)
+    return _Norm(module.weight, torch.tensor(epsilon, dtype=torch.float32, device=module.weight.device), epsilon)
 
 
 def _fuse_layer(layer: Any, heads: int, kv_heads: int) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    head_norm = None
+    head_norm = head_norms = None
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm, attention.k_norm
         weights = [query.weight.expand(heads, -1), key.weight.expand(kv_heads, -1)]
-        head_norm = _Norm(torch.cat(weights), _norm(query).epsilon)
+        head_norm = dataclasses.replace(_norm(query), weight=torch.cat(weights))
+        head_norms = (query.weight, key.weight, float(query.variance_epsilon))
     return _Layer(
         input_norm=_norm(layer.input_layernorm), qkv=_fuse(attention.q_proj, attention.k_proj, attention.v_proj),
         head_norm=head_norm, output=_fuse(attention.o_proj), mlp_norm=_norm(layer.post_attention_layernorm),
         gate_up=_fuse(mlp.gate_proj, mlp.up_proj), down=_fuse(mlp.down_proj), scaling=attention.scaling,
+        head_norms=head_norms,
     )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from adapter import keys
 from adapter.contracts import (
@@ -27,8 +26,7 @@ from adapter.contracts import (
     Wire,
 )
 from adapter.settings import LogSettings
-from kernels.dispatch import sparse_log_probs
-from serving.engine.proposers.base import Proposal
+from serving.engine.rounds import Round, TopTokens
 from serving.engine.sequence import Sequence
 
 
@@ -72,33 +70,16 @@ class Recorder:
         self._clock = clock
         self._open: dict[str, _Open] = {}
 
-    def record(
-        self,
-        logits: torch.Tensor,
-        own_rows: SequenceOf[range],
-        requests: SequenceOf[Sequence],
-        proposals: SequenceOf[Proposal],
-        kept: SequenceOf[list[int]],
-        accepted: SequenceOf[int],
-    ) -> None:
-        """Record a step.
+    @property
+    def top_k(self) -> int:
+        """How many of the target's likeliest tokens are recorded a position; 0 while nothing is."""
+        return self._settings.top_k if self._settings.enabled else 0
 
-        Shapes: logits [rows, vocab] float32 of the target; own_rows[i] are request i's, and kept[i]
-        its committed tokens.
-        """
-        if not self._settings.enabled:
-            return
-        rows = [own.start + j for own, tokens in zip(own_rows, kept, strict=True) for j in range(len(tokens))]
-        if not rows:
-            return
-        wanted = logits if len(rows) == len(logits) else logits[torch.tensor(rows)]
-        ids, logprobs = sparse_log_probs(wanted, min(self._settings.top_k, logits.shape[1]))
-        topk_ids, topk_logprobs = ids.numpy().astype("<u4"), logprobs.numpy().astype("<f2")
-        row = 0
-        for request, proposal, tokens, count in zip(requests, proposals, kept, accepted, strict=True):
-            end = row + len(tokens)
-            self._append(request, proposal, len(tokens), count, topk_ids[row:end], topk_logprobs[row:end])
-            row = end
+    def record(self, rounds: SequenceOf[Round], kept: SequenceOf[list[int]]) -> None:
+        """Record a step; kept[i] are the tokens that were committed of rounds[i]."""
+        for item, tokens in zip(rounds, kept, strict=True):
+            if item.top is not None and tokens:
+                self._append(item, len(tokens), item.top)
 
     def finish(self, request: Sequence, delivered_tokens: int, now_s: float) -> None:
         """Publish what is left of a finished request, and its outcome."""
@@ -122,12 +103,8 @@ class Recorder:
             ),
         )  # fmt: skip
 
-    def _append(
-        self, request: Sequence, proposal: Proposal, num_kept: int, num_accepted: int,
-        topk_ids: np.ndarray, topk_logprobs: np.ndarray,
-    ) -> None:  # fmt: skip
-        if not num_kept:
-            return
+    def _append(self, item: Round, num_kept: int, top: TopTokens) -> None:
+        request, proposal = item.request, item.proposal
         entry = self._open.setdefault(request.request_id, _Open())
         first = len(request.tokens) - num_kept
         if not entry.count:
@@ -140,12 +117,12 @@ class Recorder:
             entry.versions.append(VersionSpan(first, version))
         for j in range(num_kept):
             drafted = j < len(judged)
-            verdict = Verdict.UNDRAFTED if not drafted else Verdict(int(j < num_accepted))
+            verdict = Verdict.UNDRAFTED if not drafted else Verdict(int(j < item.num_accepted))
             entry.verdicts.append(verdict)
             entry.draft_ids.append(judged[j] if drafted else 0)
             entry.draft_logprobs.append(proposal.logprobs[j] if drafted else 0.0)
-        entry.topk_ids.append(topk_ids)
-        entry.topk_logprobs.append(topk_logprobs)
+        entry.topk_ids.append(top.ids[:num_kept])
+        entry.topk_logprobs.append(top.logprobs[:num_kept])
         entry.count += num_kept
         if entry.count >= self._settings.flush_tokens:
             self._flush(request)

@@ -93,6 +93,11 @@ class Scheduler:
         """Requests that may still join the batch, blocks permitting."""
         return self._max_batch - len(self.running)
 
+    def has_room(self, lookahead: int) -> bool:
+        """Whether every running request can write `lookahead` tokens ahead without taking a block from another."""
+        missing = (max(0, self._needed(item, lookahead) - len(item.block_table)) for item in self.running)
+        return sum(missing) <= self.pool.num_free
+
     def add(self, sequence: Sequence) -> None:
         """Queue a request behind those of its priority that came before it."""
         self._num_added += 1

@@ -1,0 +1,76 @@
+"""The lean forward on a device: every length is read from device memory, so one program serves all steps.
+
+Runs the fused weights of `serving.engine.llama.LeanLlama` through `kernels.dispatch`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import embedding
+
+from kernels import dispatch
+from serving.engine.attention import KVPool
+from serving.engine.llama import LeanLlama
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the new tokens of a forward lie.
+
+    Shapes: positions and slots [tokens] int64, a slot of -1 writes nothing; tables [requests, width] int32;
+    starts [requests + 1] int32; lengths [requests] int32, cached tokens with the new ones.  `longest` is the
+    most new tokens a request can have.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    tables: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    longest: int
+
+
+class DeviceLlama:
+    """One model's layers over its cache on a device.
+
+    Args:
+        lean: the model's fused weights; they are read where they lie, so writing to them is an update.
+        positions: how many positions the rotary tables cover.
+    """
+
+    def __init__(self, lean: LeanLlama, pool: KVPool, positions: int) -> None:
+        self._lean = lean
+        self._pool = pool
+        self._cos, self._sin = lean.rotary_tables(positions)
+
+    def states(self, tokens: torch.Tensor, places: Places, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """Process new tokens and return the normed states of the wanted ones; None wants all.
+
+        Shapes: tokens [tokens] int64; wanted [rows] indices into them; result [rows, hidden].
+        """
+        lean, pool = self._lean, self._pool
+        residual = embedding(tokens, lean.embedding).clone()
+        update = None
+        last = len(lean.layers) - 1
+        for number, layer in enumerate(lean.layers):
+            norm = layer.input_norm
+            if update is None:
+                x = dispatch.add_rms_norm(residual, None, norm.weight, norm.eps)
+            else:
+                x = dispatch.add_rms_norm(update, residual, norm.weight, norm.eps)
+            query = dispatch.rope_and_write(
+                layer.qkv(x), self._cos, self._sin, places.positions, places.slots, pool.keys[number],
+                pool.values[number], heads=lean.heads, norms=layer.head_norms,
+            )  # fmt: skip
+            attended = dispatch.paged_attention(
+                query, pool.keys[number], pool.values[number], places.tables, places.starts, places.lengths,
+                layer.scaling, max_query=places.longest,
+            ).flatten(1)  # fmt: skip
+            if number == last and wanted is not None:
+                residual, attended = residual.index_select(0, wanted), attended.index_select(0, wanted)
+            norm = layer.mlp_norm
+            x = dispatch.add_rms_norm(layer.output(attended), residual, norm.weight, norm.eps)
+            update = layer.down(dispatch.silu_mul(layer.gate_up(x)))
+        return dispatch.add_rms_norm(update, residual, lean.norm.weight, lean.norm.eps)
