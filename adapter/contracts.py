@@ -1,7 +1,7 @@
-"""Every record that crosses a process border, and how it is written to bytes.
+"""Every record that crosses a process border; `adapter.wire` writes them to bytes.
 
-Frozen, tensor-free, readable without torch.  Arrays travel as little-endian bytes and are opened
-with numpy.  A changed meaning raises `SCHEMA_VERSION`; a reader refuses what it does not know.
+Frozen, tensor-free, readable with numpy alone.  Arrays travel as little-endian bytes.  A changed meaning
+raises `SCHEMA_VERSION`; a reader refuses what it does not know.
 
 DraftsmithError
 ├── WireError          an entry that cannot be read
@@ -13,10 +13,10 @@ DraftsmithError
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, TypeVar
+from typing import Literal
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -59,7 +59,8 @@ class Verdict(IntEnum):
     UNDRAFTED = 2  # nothing was drafted here: a bonus token, or a round without speculation
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
     """How one request samples. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
 
     Presence and frequency penalties look at generated tokens, the repetition penalty at the prompt
@@ -79,14 +80,16 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: int = 0
 
 
-class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
     """What an answer must look like: any JSON object, or one that a JSON schema describes."""
 
     kind: Literal["json_object", "json_schema"]
     schema: str = ""  # JSON text of the schema
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
     """What the target thought at one position: natural log-probs of the raw logits, most likely first."""
 
     logprob: float
@@ -94,14 +97,16 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs: tuple[float, ...] = ()
 
 
-class VersionSpan(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
     """From token index `start` on, rounds were drafted by `version`."""
 
     start: int
     version: int
 
 
-class VerifiedBlock(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifiedBlock:
     """One stream entry: a stretch of one request with the target's verdicts and law.
 
     `token_ids` holds the context and the committed tokens; index i of it is absolute position
@@ -159,7 +164,8 @@ _DTYPES = {
 }
 
 
-class Counts(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
     """Raw counters of rounds; every rate is derived from them where it is shown."""
 
     num_rounds: int = 0
@@ -186,14 +192,16 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
         return 1 + self.num_accepted / self.num_rounds if self.num_rounds else None
 
 
-class VersionCounts(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionCounts:
     """What one draft version did for one request; rounds without speculation are not in it."""
 
     version: int
     counts: Counts
 
 
-class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutcome:
     """What one finished request says about the drafts that served it.
 
     Durations are seconds on the engine's monotonic clock; `finished_at_s` is epoch seconds.
@@ -227,63 +235,3 @@ class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Wire = VerifiedBlock | RequestOutcome
-_T = TypeVar("_T", VerifiedBlock, RequestOutcome)
-
-
-def to_wire(record: Wire) -> bytes:
-    """Write a record as msgpack."""
-    return msgspec.msgpack.encode(record)
-
-
-def block_from_wire(data: bytes) -> VerifiedBlock:
-    """Read a verified block and check that its arrays agree in length.
-
-    Raises:
-        WireError: not msgpack, a wrong type, an unknown schema, or arrays of unequal length.
-    """
-    block = _decode(data, VerifiedBlock)
-    num, k = len(block.verdicts), block.top_k
-    if k < 1:
-        raise WireError(f"verified block {block.request_id!r}: top_k is {k}; expected 1 or more")
-    if num and max(block.verdicts) > max(Verdict):
-        raise WireError(f"verified block {block.request_id!r}: verdict {max(block.verdicts)} has no meaning")
-    expected = {
-        "positions": 4 * num,
-        "draft_ids": 4 * num,
-        "draft_logprobs": 4 * num,
-        "tail_mass": 4 * num,
-        "topk_ids": 4 * num * k,
-        "topk_logprobs": 2 * num * k,
-    }
-    for field, size in expected.items():
-        if len(getattr(block, field)) != size:
-            raise WireError(
-                f"verified block {block.request_id!r}: {field} has {len(getattr(block, field))} "
-                f"bytes, expected {size} for {num} records of top-{k}"
-            )
-    positions = block.array("positions").astype(np.int64)
-    tokens = len(block.token_ids) // 4
-    if len(block.token_ids) % 4 or (
-        num and not (block.first_position < positions.min() and positions.max() < block.first_position + tokens)
-    ):
-        raise WireError(f"verified block {block.request_id!r}: positions point outside its {tokens} tokens")
-    return block
-
-
-def outcome_from_wire(data: bytes) -> RequestOutcome:
-    """Read a request outcome.
-
-    Raises:
-        WireError: not msgpack, a wrong type, or an unknown schema.
-    """
-    return _decode(data, RequestOutcome)
-
-
-def _decode(data: bytes, kind: type[_T]) -> _T:
-    try:
-        record = msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise WireError(f"not a {kind.__name__}: {error}") from error
-    if record.schema != SCHEMA_VERSION:
-        raise WireError(f"{kind.__name__} has schema {record.schema}; this build reads {SCHEMA_VERSION}")
-    return record

@@ -4,8 +4,29 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
-import structlog
+try:
+    import structlog
+except ModuleNotFoundError:  # a machine that only measures the engine needs none of it
+    structlog = None  # type: ignore[assignment]
+
+
+def get_logger(name: str) -> Any:
+    """Return structlog's logger; where that is not installed, one that prints the same words plainly."""
+    return structlog.get_logger(name) if structlog is not None else _PlainLogger(name)
+
+
+class _PlainLogger:
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def __getattr__(self, level: str) -> Any:
+        def say(event: str, **values: object) -> None:
+            text = " ".join([event, *(f"{key}={value}" for key, value in values.items())])
+            getattr(self._logger, level)(text)
+
+        return say
 
 
 def configure_logging(level: int = logging.INFO) -> None:
@@ -22,7 +43,7 @@ def configure_logging(level: int = logging.INFO) -> None:
     )
 
 
-def _renderer(terminal: bool) -> list[structlog.typing.Processor]:
+def _renderer(terminal: bool) -> list[Any]:
     if terminal:
         return [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
     return [

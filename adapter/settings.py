@@ -32,6 +32,9 @@ class _Section(BaseModel):
 class EngineSettings(_Section):
     """The decoding engine."""
 
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the models run; auto: on a CUDA GPU with Triton where there is one, else on the CPU"
+    )
     max_batch: int = Field(8, ge=1, le=256, description="requests decoded together")
     max_model_len: int = Field(2048, ge=16, description="prompt and answer tokens of one request")
     kv_tokens: int = Field(

@@ -22,7 +22,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from adapter import keys
-from adapter.contracts import SettingsError, Wire, to_wire
+from adapter.contracts import SettingsError, Wire
+from adapter.wire import to_wire
 
 log = structlog.get_logger(__name__)
 

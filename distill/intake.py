@@ -14,8 +14,9 @@ import numpy as np
 import structlog
 
 from adapter import keys
-from adapter.contracts import VerifiedBlock, WireError, block_from_wire
+from adapter.contracts import VerifiedBlock, WireError
 from adapter.streams import BROKEN, Entry, StreamReader
+from adapter.wire import block_from_wire
 from distill.replay import ReplayStore
 
 log = structlog.get_logger(__name__)

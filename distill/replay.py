@@ -21,7 +21,8 @@ from pathlib import Path
 
 import msgspec
 
-from adapter.contracts import DraftsmithError, VerifiedBlock, WireError, block_from_wire
+from adapter.contracts import DraftsmithError, VerifiedBlock, WireError
+from adapter.wire import block_from_wire
 
 _FRAME = struct.Struct("<II")  # payload bytes, CRC-32 of the payload
 _FILE_BLOCKS = 256

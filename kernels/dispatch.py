@@ -1,15 +1,23 @@
-"""The door to statistics of rows of logits: each call takes the fastest form that can be had here.
+"""The door to every operation: each call takes the fastest form that can be had where its tensors lie.
 
-The truth they are all compared with is `kernels.reference`.
+On CUDA that is a Triton kernel of `kernels.gpu`; on the CPU our C kernels where they can be compiled, else
+torch.  The truth they are all compared with is `kernels.reference`, which also runs where nothing else does.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
 from kernels import reference
 from kernels.cpu import rows as compiled_rows
 from kernels.cpu.library import unavailable
+from kernels.noise import Purpose
+
+if TYPE_CHECKING:
+    from kernels.sampling import RowParams
+    from kernels.verdicts import Draws, Verdicts
 
 _allowed = True
 
@@ -18,6 +26,9 @@ def allow_compiled(allowed: bool) -> None:
     """Say whether this process may use our C kernels here; until somebody does, it may."""
     global _allowed
     _allowed = allowed
+
+
+# -- rows of logits ------------------------------------------------------------------------------
 
 
 def largest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,6 +51,101 @@ def sparse_log_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
     if _compiled(logits) and 0 < k <= logits.shape[1]:
         return compiled_rows.top_log_probs(logits, k)
     return reference.sparse_log_probs(logits, k)
+
+
+def cut_borders(logits: torch.Tensor, params: RowParams) -> torch.Tensor:
+    """Return the smallest logit that top-k, top-p and min-p leave in each row; -inf where nothing is cut.
+
+    Shapes: logits [rows, vocab]; result [rows] float32.
+    """
+    if logits.is_cuda:
+        from kernels.gpu.cuts import cut_borders as form
+    else:
+        from kernels.reference.cuts import cut_borders as form
+    return form(logits, params)
+
+
+def draw(
+    logits: torch.Tensor, params: RowParams, purpose: Purpose = Purpose.SAMPLE, *, borders: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+) -> Draws:  # fmt: skip
+    """Draw a token a row, as `kernels.sampling.draw` does; see `kernels.verdicts.Draws` for the result.
+
+    Shapes: logits [rows, columns]; borders [rows]; token_ids [columns], ascending, where not all are scored.
+    """
+    if logits.is_cuda:
+        from kernels.gpu.sampler import draw as form
+    else:
+        from kernels.reference.verify import draw as form
+    return form(logits, params, purpose, borders=borders, token_ids=token_ids)
+
+
+def verify(
+    logits: torch.Tensor, params: RowParams, starts: torch.Tensor, drafted: torch.Tensor, *, coupling: str,
+    borders: torch.Tensor | None = None, draft_logits: torch.Tensor | None = None,
+    draft_borders: torch.Tensor | None = None, top_k: int = 0,
+) -> Verdicts:  # fmt: skip
+    """Judge drafted tokens and record what the target thought; see `kernels.reference.verify`."""
+    if logits.is_cuda:
+        from kernels.gpu.sampler import verify as form
+    else:
+        from kernels.reference.verify import verify as form
+    return form(
+        logits, params, starts, drafted, coupling=coupling, borders=borders, draft_logits=draft_logits,
+        draft_borders=draft_borders, top_k=top_k,
+    )  # fmt: skip
+
+
+# -- layers --------------------------------------------------------------------------------------
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Add `x` to the residual in place, where there is one, and return the norm of the sum.
+
+    Shapes: x, residual and result [tokens, hidden]; weight [hidden].
+    """
+    if x.is_cuda:
+        from kernels.gpu.norm import add_rms_norm as form
+    else:
+        from kernels.reference.layers import add_rms_norm as form
+    return form(x, residual, weight, epsilon)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up.  Shapes: gate_up [tokens, 2 * width]; result [tokens, width]."""
+    if gate_up.is_cuda:
+        from kernels.gpu.activation import silu_mul as form
+    else:
+        from kernels.reference.layers import silu_mul as form
+    return form(gate_up)
+
+
+def rope_and_write(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
+    keys: torch.Tensor, values: torch.Tensor, *, heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Rotate queries and keys, write keys and values into the cache, and return the queries.
+
+    Shapes: as `kernels.reference.layers.rope_and_write` has them.
+    """
+    if qkv.is_cuda:
+        from kernels.gpu.rope_cache import rope_and_write as form
+    else:
+        from kernels.reference.layers import rope_and_write as form
+    return form(qkv, cos, sin, positions, slots, keys, values, heads=heads, norms=norms)
+
+
+def paged_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, starts: torch.Tensor,
+    lengths: torch.Tensor, scaling: float, *, max_query: int,
+) -> torch.Tensor:  # fmt: skip
+    """Attend over the paged cache.  Shapes: as `kernels.reference.attention.paged_attention` has them."""
+    if query.is_cuda:
+        from kernels.gpu.attention import paged_attention as form
+    else:
+        from kernels.reference.attention import paged_attention as form
+    return form(query, keys, values, tables, starts, lengths, scaling, max_query=max_query)
 
 
 def _compiled(values: torch.Tensor) -> bool:

@@ -8,18 +8,19 @@ calls it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgspec
 import redis
 import structlog
 
 from adapter import keys
 from adapter.accounting import Tally, Window
-from adapter.contracts import RequestOutcome, WireError, outcome_from_wire
+from adapter.contracts import RequestOutcome, WireError
 from adapter.streams import BROKEN, Entry, StreamReader
+from adapter.wire import outcome_from_wire
 from monitors.segments import Observation, SegmentCap
 
 log = structlog.get_logger(__name__)
@@ -176,7 +177,7 @@ class OutcomeReader:
         if len(self._seen) > _REMEMBERED:
             self._seen.popitem(last=False)
         self.counters.outcomes += 1
-        outcome = msgspec.structs.replace(outcome, segment=self.segments.name(outcome.segment, self._clock()))
+        outcome = dataclasses.replace(outcome, segment=self.segments.name(outcome.segment, self._clock()))
         self._add(outcome)
         return outcome
 

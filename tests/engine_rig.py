@@ -15,11 +15,12 @@ import pytest
 import torch
 from tiny_pair import pair_settings
 
-from adapter.contracts import Counts, RequestOutcome, Sampling, VerifiedBlock, Wire, block_from_wire, to_wire
+from adapter.contracts import Counts, RequestOutcome, Sampling, VerifiedBlock, Wire
 from adapter.database import migrate, open_database
 from adapter.models import load_draft, load_target, prepare_pair
 from adapter.pairs import Pair
 from adapter.settings import LogSettings
+from adapter.wire import block_from_wire, to_wire
 from kernels.sampling import draw, shape_logits
 from serving.engine import build
 from serving.engine.build import Built
@@ -138,10 +139,14 @@ class Rig:
         return [heard[request.request_id] for request in requests]
 
 
-def build_rig(folder: Path, data: Path, *, draft: str | None = None, exact: bool = False, **engine: Any) -> Rig:
+def build_rig(
+    folder: Path, data: Path, *, draft: str | None = None, exact: bool = False, programs: bool | None = None,
+    **engine: Any,
+) -> Rig:  # fmt: skip
     """Build an engine on the pair in `folder`; its swapper's thread is stopped.
 
-    `exact` drafts in float32 even where the CPU would draft faster in bfloat16.
+    `exact` drafts in float32 even where the CPU would draft faster in bfloat16; `programs` computes rounds as a
+    device does.
     """
     settings = pair_settings(folder, data, draft=draft, engine=engine)
     database = open_database(settings.database)
@@ -150,7 +155,7 @@ def build_rig(folder: Path, data: Path, *, draft: str | None = None, exact: bool
     with pytest.MonkeyPatch.context() as patch:
         if exact:
             patch.setattr(build, "packing_works", lambda: False)
-        built = build.build_engine(settings, pair, database)
+        built = build.build_engine(settings, pair, database, programs=programs)
     if built.hotswap is not None:
         built.hotswap.stop()
         if exact:

@@ -20,10 +20,8 @@ from adapter.contracts import (
     VersionCounts,
     VersionSpan,
     WireError,
-    block_from_wire,
-    outcome_from_wire,
-    to_wire,
 )
+from adapter.wire import block_from_wire, outcome_from_wire, to_wire
 
 counts = st.integers(0, 2**31)
 seconds = st.floats(0, 1e9)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import msgspec
 import pytest
 import redis
 
 from adapter import keys
-from adapter.contracts import SCHEMA_VERSION, RequestOutcome, Sampling, SettingsError, outcome_from_wire
+from adapter.contracts import SCHEMA_VERSION, RequestOutcome, Sampling, SettingsError
 from adapter.settings import load_settings
 from adapter.streams import BROKEN, Entry, StreamPublisher, StreamReader, connect, wait_until_up
+from adapter.wire import outcome_from_wire
 
 WaitFor = Callable[..., None]
 QUEUE = 200
@@ -29,7 +30,7 @@ def outcome(number: int) -> RequestOutcome:
 
 
 def long_record(number: int, size: int) -> RequestOutcome:
-    return msgspec.structs.replace(outcome(number), request_id=f"r{number} " + "x" * size)
+    return dataclasses.replace(outcome(number), request_id=f"r{number} " + "x" * size)
 
 
 @pytest.fixture

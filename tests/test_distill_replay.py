@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
-import msgspec
 import pytest
 
 from adapter import keys
-from adapter.contracts import SCHEMA_VERSION, Sampling, VerifiedBlock, to_wire
+from adapter.contracts import SCHEMA_VERSION, Sampling, VerifiedBlock
 from adapter.settings import DistillSettings
 from adapter.streams import StreamReader, connect
+from adapter.wire import to_wire
 from distill.intake import defect_of, drain
 from distill.replay import ReplayStore
 from distill.selection import draw_by_segment, part_of, select
@@ -148,15 +149,15 @@ def test_drawing_by_segment_does_not_lose_rare_traffic():
 def test_bad_entries_go_to_the_dead_letter_stream_and_good_ones_through(tmp_path, valkey_client):
     """Garbage, an unknown schema, another target, NaN and foreign ids are buried with a reason each."""
     good = [_block(i) for i in range(5)]
-    nan = msgspec.structs.replace(_block(7), topk_logprobs=b"\x00\x7e" * 4)
+    nan = dataclasses.replace(_block(7), topk_logprobs=b"\x00\x7e" * 4)
     bad = [
         b"\xff garbage",
         b"",
-        to_wire(msgspec.structs.replace(_block(6), schema=99)),
+        to_wire(dataclasses.replace(_block(6), schema=99)),
         to_wire(_block(8, target="x" * 64)),
         to_wire(nan),
-        to_wire(msgspec.structs.replace(_block(9), topk_ids=b"\xff" * 16)),
-        to_wire(msgspec.structs.replace(_block(10), topk_logprobs=b"")),
+        to_wire(dataclasses.replace(_block(9), topk_ids=b"\xff" * 16)),
+        to_wire(dataclasses.replace(_block(10), topk_logprobs=b"")),
     ]
     for payload in [to_wire(good[0]), *bad, *map(to_wire, good[1:])]:
         valkey_client.xadd(keys.BLOCKS, {keys.PAYLOAD_FIELD: payload})

@@ -13,7 +13,7 @@ import torch
 from distill_tiny import make_blocks, make_pair
 
 from adapter import artifacts, keys
-from adapter.contracts import RegistryError, to_wire
+from adapter.contracts import RegistryError
 from adapter.cores import taken
 from adapter.facts import PAIR, Facts
 from adapter.jobs import Jobs
@@ -21,6 +21,7 @@ from adapter.models import load_draft
 from adapter.pairs import Pair, expected_tensors
 from adapter.registry import Registry
 from adapter.settings import DistillSettings, Settings, child_environment
+from adapter.wire import to_wire
 from distill.replay import ReplayStore
 from distill.trainer import run_job
 from distill.tuning import Material, TrainingError, train

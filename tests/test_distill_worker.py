@@ -17,12 +17,12 @@ from distill_tiny import make_blocks, make_pair
 
 from adapter import keys
 from adapter.broker import announce_job
-from adapter.contracts import to_wire
 from adapter.facts import PAIR, Facts
 from adapter.jobs import Job, Jobs
 from adapter.pairs import Pair
 from adapter.registry import Registry
 from adapter.settings import DistillSettings, Settings, child_environment
+from adapter.wire import to_wire
 from distill import tasks
 
 QUICK = DistillSettings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import msgspec
@@ -23,14 +24,14 @@ def outcome(number: int = 0, **more: object) -> RequestOutcome:
         by_version=(VersionCounts(version=1, counts=rounds),), accepted_by_position=(30, 12), queue_s=0.0,
         first_token_s=0.1, total_s=1.0, finished_at_s=float(number),
     )  # fmt: skip
-    return msgspec.structs.replace(base, **more)
+    return dataclasses.replace(base, **more)
 
 
 def advice(load: EngineLoad, *rows: RequestOutcome, n: int = 40) -> Advice:
     """Advice on n requests that look like `rows`, in turn."""
     window = TrafficWindow()
     for number in range(n):
-        window.add(msgspec.structs.replace(rows[number % len(rows)], request_id=str(number)))
+        window.add(dataclasses.replace(rows[number % len(rows)], request_id=str(number)))
     return advise(window.summarise(), load)
 
 

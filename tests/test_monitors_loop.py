@@ -15,12 +15,13 @@ from sqlalchemy import Engine
 from adapter import keys
 from adapter.accounting import Accounting
 from adapter.alerting import Alerts
-from adapter.contracts import SCHEMA_VERSION, Counts, RequestOutcome, Sampling, VersionCounts, to_wire
+from adapter.contracts import SCHEMA_VERSION, Counts, RequestOutcome, Sampling, VersionCounts
 from adapter.facts import DRIFT, WATCHER, Facts
 from adapter.jobs import Jobs
 from adapter.registry import Registry
 from adapter.settings import DistillSettings, LogSettings, MonitorSettings, Settings
 from adapter.streams import connect
+from adapter.wire import to_wire
 from monitors.acceptance import OutcomeReader, split_delivered
 from monitors.metrics import Metrics
 from monitors.watcher import Watcher

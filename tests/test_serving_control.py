@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -13,7 +14,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -43,17 +43,9 @@ from serving import cli
 from serving.api.controller_metrics import controller_families
 from serving.engine.control.adaptive import AdaptiveController
 from serving.engine.control.base import RoundReport, StepReport, StepShape
+from serving.engine.control.cost_file import fingerprint_of, load_or_measure
 from serving.engine.control.cost_model import CostModel
-from serving.engine.control.cost_table import (
-    CostTable,
-    Curve,
-    beaten,
-    curve_from,
-    fingerprint_of,
-    load_or_measure,
-    measure_curve,
-    sizes_up_to,
-)
+from serving.engine.control.cost_table import CostTable, Curve, beaten, curve_from, measure_curve, sizes_up_to
 from serving.engine.control.fixed import FixedGamma
 from serving.engine.control.posterior import Beliefs, match_bucket
 from serving.engine.control.priors import START, Prior
@@ -208,7 +200,7 @@ def test_the_price_of_a_row_is_learned_from_the_steps() -> None:
     becomes slower as a whole bends nothing.  Noise 10 %, seed 5, 400 steps of either size, bound a third."""
     truth = cpu_table()
     flat = [truth.target.seconds[2]] * 3 + truth.target.seconds[3:]
-    costs = CostModel(msgspec.structs.replace(truth, target=Curve(truth.target.rows, flat, truth.target.context_s)))
+    costs = CostModel(dataclasses.replace(truth, target=Curve(truth.target.rows, flat, truth.target.context_s)))
     noise = random.Random(5)
 
     def price() -> float:
@@ -244,7 +236,7 @@ def test_corrections_find_the_truth_and_shrug_at_a_pause() -> None:
 def test_drawing_from_a_law_is_told_apart_from_the_forward() -> None:
     """Greedy and sampled steps of 1 to 8 rows: a target 1.3 times and a draw 0.5 times the table are known within 5 and
     15 % after 2000 steps, so that greedy requests do not pay for sampled ones.  Seed 0."""
-    table = msgspec.structs.replace(cpu_table(), sample_s=4e-3)
+    table = dataclasses.replace(cpu_table(), sample_s=4e-3)
     costs, rng = CostModel(table), random.Random(0)
     truth = CostModel(table)
     for _ in range(2000):

@@ -26,9 +26,10 @@ from kernels.packed_linear import pack_linears, packing_works
 from kernels.sampling import Columns, RowParams, draw, shape_logits
 from serving import cli
 from serving.engine.control.fixed import FixedGamma
-from serving.engine.draft_vocab import DraftVocab, TrimmedHead
+from serving.engine.draft_vocab import DraftVocab
 from serving.engine.parameters import row_params
 from serving.engine.sequence import Sequence
+from serving.engine.trimmed_head import TrimmedHead
 
 N = 32
 SAMPLINGS = [*MIXED[:5], {"temperature": 0.0}]

@@ -25,7 +25,8 @@ from transformers import (
 from kernels.packed_linear import PackedLinear, can_compile, can_pack, packing_works
 from serving.engine import attention
 from serving.engine.llama import lean_reason
-from serving.engine.runner import Forwards, ModelRunner, Work
+from serving.engine.runner import Forwards, ModelRunner
+from serving.engine.work import Work
 
 SHAPE = {
     "vocab_size": 203, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,

@@ -7,6 +7,7 @@ at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from control_simulator import controller, cpu_table, gpu_table
@@ -101,7 +101,7 @@ def _submit(number: int, item: dict[str, Any], vocab: int) -> ipc.Submit:
     grammar = None if kind is None else Grammar(kind=kind, schema=SCHEMA if kind == "json_schema" else "")
     return ipc.Submit(
         request_id=str(number), token_ids=shared[:length] + item["own"], max_tokens=item["max_tokens"],
-        sampling=msgspec.structs.replace(
+        sampling=dataclasses.replace(
             item["sampling"], min_tokens=min(item["sampling"].min_tokens, item["max_tokens"])
         ), end_tokens=item["ends"] or ([2] if grammar else []), segment="s",
         gamma=item["gamma"], grammar=grammar, priority=item["priority"], cache_salt=item["salt"],
@@ -269,7 +269,7 @@ def test_random_schedules_under_the_maximal_coupling(
 ) -> None:
     """Six more (derandomised): greedy requests, among sampled ones, say what plain decoding says."""
     for item in plan[:2]:
-        item["sampling"] = msgspec.structs.replace(item["sampling"], temperature=0.0)
+        item["sampling"] = dataclasses.replace(item["sampling"], temperature=0.0)
         item["leaves"] = None
     _check(maximal, alone, plan, seed, chooser)
 

@@ -33,8 +33,9 @@ from serving.engine.control.fixed import FixedGamma
 from serving.engine.parameters import row_params
 from serving.engine.proposers.base import Offer, Proposal
 from serving.engine.proposers.past import PastOutputs
-from serving.engine.runner import ModelRunner, Work
+from serving.engine.runner import ModelRunner
 from serving.engine.sequence import Sequence
+from serving.engine.work import Work
 
 N = 32
 SAMPLINGS = [

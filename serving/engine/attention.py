@@ -88,14 +88,16 @@ class KVPool:
     `token_values` are the same storage as [slots, kv_heads, dim].
     """
 
-    def __init__(self, config: Any, num_blocks: int, block_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Any, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (num_blocks, block_tokens, config.num_key_value_heads, dim)
         self.block_tokens = block_tokens
         self.dtype = dtype
         self.shared = config.num_attention_heads // config.num_key_value_heads
-        self.keys = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.token_keys = [item.view(-1, *shape[2:]) for item in self.keys]
         self.token_values = [item.view(-1, *shape[2:]) for item in self.values]
 

@@ -32,10 +32,12 @@ from serving.engine.control.base import Controller
 from serving.engine.control.cost_model import CostModel
 from serving.engine.control.fixed import FixedGamma
 from serving.engine.control.timing import cost_table
+from serving.engine.device.build import choose_device, device_rounds, positions_of
 from serving.engine.draft_vocab import DraftVocab, open_vocabulary
 from serving.engine.engine import Engine
 from serving.engine.fitness import check_config, check_forward, generic_logits
 from serving.engine.grammar import Grammars
+from serving.engine.host_rounds import HostRounds
 from serving.engine.memory import available_bytes, measure_pair, plan_memory, tokens_of_one_request
 from serving.engine.proposers.base import Proposer
 from serving.engine.proposers.collection import Proposers
@@ -43,10 +45,12 @@ from serving.engine.proposers.draft import DraftProposer
 from serving.engine.proposers.ngram import NgramProposer
 from serving.engine.proposers.past import PastOutputs
 from serving.engine.recorder import Recorder
-from serving.engine.runner import Forwards, ModelRunner, Work
+from serving.engine.rounds import Rounds
+from serving.engine.runner import Forwards, ModelRunner
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence
 from serving.engine.threads import Threads
+from serving.engine.work import Work
 
 log = structlog.get_logger(__name__)
 
@@ -62,8 +66,10 @@ class Built:
     threads: Threads
 
 
-def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
+def build_engine(settings: Settings, pair: Pair, database: Database, *, programs: bool | None = None) -> Built:
     """Load the pair, install its base draft in the registry and bring the live version in.
+
+    `programs`: run rounds as programs made for a device; None does so where the models are on one.
 
     Raises:
         SettingsError: the settings cannot work with this pair.
@@ -75,30 +81,32 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
     registry.install_base(
         target_fingerprint=pair.target_fingerprint, base_fingerprint=pair.base_fingerprint, actor=ACTOR
     )
-    if torch.cuda.is_available():
-        log.warning("gpu_not_used", reason="everything runs on the CPU; a GPU is not used yet")
+    device = choose_device(settings.engine.device)
+    programs = device.type != "cpu" if programs is None else programs
+    positions = positions_of(settings.engine) if programs else 0
     config = AutoConfig.from_pretrained(pair.target_path)
     check_config("target", config)
     _check_lengths(settings, config.max_position_embeddings)
     if pair.draft_kind == "model":
         check_config("draft", AutoConfig.from_pretrained(str(pair.draft_path)))
-    sizes = measure_pair(pair, settings.engine, draft_dtype=_draft_dtype(pair), packs=_packs(settings))
-    plan = plan_memory(settings.engine, sizes, available_bytes())
+    packs = settings.engine.pack and not programs
+    sizes = measure_pair(pair, settings.engine, draft_dtype=_draft_dtype(pair, device), packs=packs)
+    plan = plan_memory(settings.engine, sizes, available_bytes(device=device))
     log.info("memory_planned", kv_tokens=plan.kv_tokens, **{f"{name}_gib": gib for name, gib in plan.terms().items()})
     _say_compiled(settings)
-    forwards = _forwards(settings)
-    target = load_target(pair)
+    forwards = _forwards(settings, packs=packs)
+    target = load_target(pair).to(device)
     expected = generic_logits(target)
     num_blocks = plan.kv_tokens // settings.engine.block_tokens + 1
-    runner = ModelRunner(target, _pool(target, num_blocks, settings), forwards)
+    runner = ModelRunner(target, _pool(target, num_blocks, settings), forwards, positions=positions)
     check_forward(runner, expected)
     members: list[Proposer] = []
     hotswap, coupling = None, settings.engine.coupling
     scheduler = _scheduler(settings, num_blocks, runner.pool.clear)
     if pair.draft_kind != "none" and DraftProposer.name in settings.engine.proposers:
         draft = _load_draft(pair, target)
-        draft_forwards = _forwards(settings, int8=settings.engine.draft_int8)
-        draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings), draft_forwards)
+        draft_forwards = _forwards(settings, packs=packs, int8=settings.engine.draft_int8)
+        draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings), draft_forwards, positions=positions)
         vocabulary = open_vocabulary(settings, pair, database, draft.get_output_embeddings())
         hotswap = _hotswap(settings, pair, registry, draft_runner, draft, vocabulary)
         members.append(
@@ -111,10 +119,12 @@ def build_engine(settings: Settings, pair: Pair, database: Database) -> Built:
     members.extend(_matching(settings, target.config.vocab_size))
     proposers = Proposers(members)
     publisher = _publisher(settings)
+    host = HostRounds(runner, proposers, coupling=coupling)
+    rounds: Rounds = device_rounds(settings.engine, host, runner, proposers) if programs else host
     engine = Engine(
         runner, proposers, scheduler, _controller(settings, pair, runner, proposers),
-        Recorder(publisher, settings.log, target_fingerprint=pair.target_fingerprint, coupling=coupling),
-        coupling=coupling, lookahead=settings.engine.gamma_max + 1, hotswap=hotswap,
+        Recorder(publisher, settings.log, target_fingerprint=pair.target_fingerprint, coupling=coupling), rounds,
+        lookahead=settings.engine.gamma_max + 1, hotswap=hotswap,
     )  # fmt: skip
     if hotswap is not None:
         hotswap.start()
@@ -170,13 +180,13 @@ def _matching(settings: Settings, vocab: int) -> list[Proposer]:
 
 def _load_draft(pair: Pair, target: Any) -> Any:
     """Load the base draft; it borrows the target's embedding and head where both have one dtype."""
-    dtype = _draft_dtype(pair)
-    return load_draft(pair, dtype, shared=target if DTYPES[pair.dtype] == dtype else None)
+    dtype, device = _draft_dtype(pair, target.device), target.device
+    return load_draft(pair, dtype, shared=target if DTYPES[pair.dtype] == dtype else None).to(device)
 
 
-def _forwards(settings: Settings, *, int8: bool = False) -> Forwards:
+def _forwards(settings: Settings, *, packs: bool, int8: bool = False) -> Forwards:
     engine = settings.engine
-    return Forwards(lean=engine.lean, pack=_packs(settings), int8=int8, compiled=engine.compiled)
+    return Forwards(lean=engine.lean, pack=packs, int8=int8, compiled=engine.compiled)
 
 
 def _say_compiled(settings: Settings) -> None:
@@ -187,14 +197,9 @@ def _say_compiled(settings: Settings) -> None:
         log.warning("not_compiled", reason=reason, effect="torch computes instead, several times slower")
 
 
-def _packs(settings: Settings) -> bool:
-    """Whether linear layers get a second copy of their weights, laid out for this CPU."""
-    return settings.engine.pack
-
-
-def _draft_dtype(pair: Pair) -> torch.dtype:
-    """Return the dtype that drafts fastest here: no output depends on it."""
-    return torch.bfloat16 if packing_works() else DTYPES[pair.dtype]
+def _draft_dtype(pair: Pair, device: torch.device) -> torch.dtype:
+    """Return the dtype that drafts fastest there: no output depends on it."""
+    return torch.bfloat16 if device.type == "cuda" or packing_works() else DTYPES[pair.dtype]
 
 
 def _hotswap(
@@ -202,7 +207,7 @@ def _hotswap(
 ) -> HotSwap:
     vocab, forwards = runner.model.config.vocab_size, runner.forwards
     # A cache of its own: what a broken candidate writes must not reach the draft in force.
-    probe = ModelRunner(runner.model, _pool(draft, 1, settings), forwards)
+    probe = ModelRunner(runner.model, _pool(draft, 1, settings), forwards, positions=runner.positions)
 
     def check(model: Any) -> None:
         tokens = [i * 7919 % vocab for i in range(settings.engine.block_tokens)]
@@ -219,7 +224,7 @@ def _hotswap(
 
 
 def _pool(model: Any, num_blocks: int, settings: Settings) -> attention.KVPool:
-    return attention.KVPool(model.config, num_blocks, settings.engine.block_tokens, model.dtype)
+    return attention.KVPool(model.config, num_blocks, settings.engine.block_tokens, model.dtype, model.device)
 
 
 def _scheduler(

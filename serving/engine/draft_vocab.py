@@ -1,10 +1,9 @@
 """Score only a chosen part of the vocabulary when drafting, and follow which part that is.
 
-`TrimmedHead` holds the chosen rows of the draft's output head; versions of one base share the head,
-so they share these rows too.  `DraftVocab` follows the registry of vocabularies as `HotSwap` follows
-that of versions, in the same thread: it builds the next head off the hot path and `poll`, called
-between two rounds, only moves a reference.  It also hands committed tokens to the counts a new
-vocabulary is chosen from.  Called by the draft proposer.
+Versions of one base share the output head, so they share its chosen rows too.  `DraftVocab` follows the
+registry of vocabularies as `HotSwap` follows that of versions, in the same thread: it builds the next head off
+the hot path and `poll`, called between two rounds, only moves a reference.  It also hands committed tokens to
+the counts a new vocabulary is chosen from.  Called by the draft proposer.
 """
 
 from __future__ import annotations
@@ -21,56 +20,16 @@ from sqlalchemy import Engine as Database
 from sqlalchemy.exc import SQLAlchemyError
 
 from adapter.contracts import ArtifactError
-from adapter.draft_vocab import FULL, TokenIds, load_vocab
+from adapter.draft_vocab import FULL, load_vocab
 from adapter.following import ACTOR, Follower, forbid
 from adapter.pairs import Pair
 from adapter.settings import Settings
 from adapter.token_counts import TokenCounts, read_counts, write_counts
 from adapter.vocab_registry import LiveVocab, Vocabularies
 from adapter.vocab_selection import build_vocab, shipped_ranking, target_vocab_size
-from kernels.packed_linear import PackedLinear, from_weight
-from kernels.sampling import Columns
+from serving.engine.trimmed_head import TrimmedHead
 
 log = structlog.get_logger(__name__)
-
-
-class TrimmedHead:
-    """Some rows of an output head, and which tokens they score.
-
-    Args:
-        head: the full head; it is packed for the CPU where that one is.
-        token_ids: the tokens to keep, ascending; those the head has no row for are left out.
-    """
-
-    def __init__(self, head: torch.nn.Linear, token_ids: TokenIds) -> None:
-        ids = torch.from_numpy(token_ids.astype(np.int64))
-        ids = ids[ids < head.weight.shape[0]].to(head.weight.device)
-        if not len(ids):
-            raise ArtifactError("the draft has a row for none of the vocabulary's tokens")
-        self.token_ids = ids
-        self.columns = Columns.of(ids)
-        weight = torch.nn.Parameter(head.weight.detach()[ids], requires_grad=False)
-        bias = None if head.bias is None else torch.nn.Parameter(head.bias.detach()[ids], requires_grad=False)
-        self._linear = from_weight(weight, bias)  # multiplies plainly while it is not packed
-        if isinstance(head, PackedLinear):
-            self._linear.int8, self._linear.compiled = head.int8, head.compiled
-            self._linear.pack()
-
-    @property
-    def size(self) -> int:
-        """How many tokens are scored."""
-        return len(self.token_ids)
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Score.  Shapes: states [rows, hidden]; result [rows, size]."""
-        scores: torch.Tensor = self._linear(states)
-        return scores
-
-    def widen(self, logits: torch.Tensor, vocab: int) -> torch.Tensor:
-        """Put logits at their tokens' places, -inf elsewhere.  Shapes: [rows, size] to [rows, vocab]."""
-        wide = logits.new_full((len(logits), vocab), -torch.inf)
-        wide[:, self.token_ids] = logits
-        return wide
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import structlog
+from typing import TYPE_CHECKING
 
 from adapter.contracts import FLOOR_VERSION, FinishReason, TokenLogprob
-from adapter.hotswap import HotSwap
+from adapter.logs import get_logger
 from serving.engine.control.base import Controller, RoundReport, StepReport, StepShape
-from serving.engine.host_rounds import HostRounds
 from serving.engine.proposers.collection import Proposers
 from serving.engine.recorder import Recorder
 from serving.engine.rounds import Ask, Flight, Outcome, Round, Rounds
@@ -23,7 +21,10 @@ from serving.engine.scheduler import Plan, Scheduler
 from serving.engine.sequence import Sequence
 from serving.engine.stats import EngineStats
 
-log = structlog.get_logger(__name__)
+if TYPE_CHECKING:
+    from adapter.hotswap import HotSwap
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,8 @@ class Engine:
 
     Args:
         proposers: may be empty, which serves without speculation.
+        rounds: where rounds are computed.
         hotswap: None keeps the base draft for good.
-        rounds: where rounds are computed; None computes them here, stage by stage.
         lookahead: most tokens a round may commit, gamma_max + 1.
         clock: monotonic seconds.
     """
@@ -55,11 +56,10 @@ class Engine:
         scheduler: Scheduler,
         controller: Controller,
         recorder: Recorder,
+        rounds: Rounds,
         *,
-        coupling: str,
         lookahead: int,
         hotswap: HotSwap | None = None,
-        rounds: Rounds | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.target = target
@@ -69,7 +69,7 @@ class Engine:
         self.recorder = recorder
         self.hotswap = hotswap
         self.stats = EngineStats()
-        self.rounds = rounds or HostRounds(target, proposers, coupling=coupling, clock=clock)
+        self.rounds = rounds
         self._lookahead = lookahead
         self._flight: Flight | None = None  # a step whose outcome is not known yet
         self._clock = clock
@@ -106,6 +106,10 @@ class Engine:
         ahead = frozenset(() if self._flight is None else [item.request_id for item in self._flight.ask.ready])
         plans = self.scheduler.next_batch(self._lookahead * (2 if ahead else 1))
         ask = self._ask(plans)
+        if ahead and not self._all_may_run_ahead(ask):
+            deliveries += self._land(begin)  # some now need what only the host can do, so it must know where they are
+            ahead, plans = frozenset(), self.scheduler.next_batch(self._lookahead)
+            ask = self._ask(plans)
         flight: Flight | None = self.rounds.launch(ask, ahead) if plans else None
         deliveries += self._land(begin)
         self._flight = flight
@@ -125,10 +129,11 @@ class Engine:
         flight, running = self._flight, self.scheduler.running
         if flight is None or self.scheduler.waiting or {id(item) for item in running} != set(map(id, flight.ask.ready)):
             return False
-        rounds = zip(flight.ask.ready, flight.ask.choices, strict=True)
-        return all(self.rounds.may_run_ahead(request, choice) for request, choice in rounds) and (
-            self.scheduler.has_room(2 * self._lookahead)
-        )
+        return self.scheduler.has_room(2 * self._lookahead)
+
+    def _all_may_run_ahead(self, ask: Ask) -> bool:
+        rounds = zip(ask.ready, ask.choices, strict=True)
+        return all(self.rounds.may_run_ahead(request, choice) for request, choice in rounds)
 
     def _ask(self, plans: list[Plan]) -> Ask:
         """Choose how each ready request drafts."""
@@ -226,6 +231,7 @@ class Engine:
         del self._requests[request.request_id]
         self.scheduler.remove(request)
         self.proposers.ended(request)
+        self.rounds.ended(request)
         self.controller.forget(request)
         self.recorder.finish(request, delivered_tokens, self._clock())
         self.stats.finished(request)

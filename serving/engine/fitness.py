@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from adapter.contracts import SettingsError
-from serving.engine.runner import ModelRunner, Work
+from serving.engine.runner import ModelRunner
+from serving.engine.work import Work
 
 _NEEDED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -57,8 +58,10 @@ def check_config(role: str, config: Any) -> None:
 @torch.inference_mode()
 def generic_logits(model: Any) -> torch.Tensor:
     """Return a model's own logits over a few tokens.  Shapes: [tokens, vocab] float32."""
-    logits: torch.Tensor = model(input_ids=torch.tensor([_probe(model)]), use_cache=False).logits[0]
-    return logits.float()
+    logits: torch.Tensor = model(input_ids=torch.tensor([_probe(model)], device=model.device), use_cache=False).logits[
+        0
+    ]
+    return logits.float().cpu()
 
 
 def check_forward(runner: ModelRunner, expected: torch.Tensor) -> None:

@@ -22,9 +22,10 @@ from serving.engine.parameters import row_params
 from serving.engine.proposers.base import Proposal
 from serving.engine.proposers.collection import Proposers
 from serving.engine.rounds import Ask, Outcome, Round, TopTokens
-from serving.engine.runner import ModelRunner, TargetOutput, Work
+from serving.engine.runner import ModelRunner, TargetOutput
 from serving.engine.scheduler import Plan
 from serving.engine.sequence import Sequence
+from serving.engine.work import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,9 @@ class HostRounds:
     def may_run_ahead(self, request: Sequence, choice: Choice) -> bool:
         """Say no: a round starts from the tokens of the one before."""
         return False
+
+    def ended(self, request: Sequence) -> None:
+        """Keep nothing about requests."""
 
     def launch(self, ask: Ask, ahead: frozenset[str] = frozenset()) -> Landed:
         """Run a step to its end."""

@@ -126,8 +126,10 @@ def measure_pair(pair: Pair, engine: EngineSettings, *, draft_dtype: torch.dtype
     )  # fmt: skip
 
 
-def available_bytes(cgroup: Path = _CGROUP) -> int:
-    """Return the memory this process can still get: the machine's, or its container's where that is less."""
+def available_bytes(cgroup: Path = _CGROUP, device: torch.device | None = None) -> int:
+    """Return the memory this process can still get: a GPU's, the machine's, or its container's where that is less."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):  # no container, or one without a limit
         limit = int((cgroup / "memory.max").read_text())

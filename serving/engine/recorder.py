@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -25,9 +25,11 @@ from adapter.contracts import (
     VersionSpan,
     Wire,
 )
-from adapter.settings import LogSettings
 from serving.engine.rounds import Round, TopTokens
 from serving.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from adapter.settings import LogSettings
 
 
 class Publisher(Protocol):

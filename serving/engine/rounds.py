@@ -108,3 +108,6 @@ class Rounds(Protocol):
 
     def may_run_ahead(self, request: Sequence, choice: Choice) -> bool:
         """Whether a round of this request can be begun before the one before it has landed."""
+
+    def ended(self, request: Sequence) -> None:
+        """Forget a request."""

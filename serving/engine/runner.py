@@ -7,24 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import structlog
 import torch
 
+from adapter.contracts import SettingsError
+from adapter.logs import get_logger
 from kernels.packed_linear import can_compile, pack_linears
 from serving.engine.attention import IMPLEMENTATION, KVPool, Row, build_layout
-from serving.engine.llama import LeanLlama, lean_reason
+from serving.engine.device.llama import DeviceLlama, places_of
+from serving.engine.llama import FAMILY, LeanLlama, lean_reason
+from serving.engine.work import Work
 
-log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one request contributes to a forward: new tokens from `start`, logits of the last `num_logits`."""
-
-    block_table: list[int]
-    start: int
-    token_ids: list[int]
-    num_logits: int
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +81,15 @@ class ModelRunner:
 
     Args:
         forwards: shared by runners that run the same models; None runs everything through transformers.
+        positions: run the forward that is made for devices, over so many positions; 0 runs the CPU's.
     """
 
-    def __init__(self, model: Any, pool: KVPool, forwards: Forwards | None = None) -> None:
+    def __init__(self, model: Any, pool: KVPool, forwards: Forwards | None = None, *, positions: int = 0) -> None:
         self.pool = pool
         self.model = model
         self.forwards = forwards or Forwards(lean=False, pack=False)
+        self.positions = positions
+        self._on_device: WeakKeyDictionary[LeanLlama, DeviceLlama] = WeakKeyDictionary()
         self.head: Callable[[torch.Tensor], torch.Tensor] | None = None  # scores instead of the model's own, where set
         self.use(model)
 
@@ -114,6 +110,8 @@ class ModelRunner:
         """Process the new tokens of every request; rows of the result follow the order of `work`."""
         if not work:
             return TargetOutput(torch.empty(0, 0))
+        if self.positions:
+            return self._run_on_device(work, self.model if model is None else model, hidden=hidden)
         order = sorted(range(len(work)), key=lambda i: len(work[i].token_ids))
         rows = [Row(work[i].block_table, work[i].start, len(work[i].token_ids)) for i in order]
         tokens = torch.tensor([token for i in order for token in work[i].token_ids])
@@ -130,6 +128,25 @@ class ModelRunner:
             states = states if wanted is None else states[wanted]
         head = self.head if self.head is not None else used.lm_head
         return TargetOutput(head(states).float(), states if hidden else None)
+
+    def _run_on_device(self, work: list[Work], model: Any, *, hidden: bool) -> TargetOutput:
+        """Run where the weights are; logits come back to the host."""
+        lean = self.forwards.of(model)
+        if lean is None:
+            raise SettingsError(
+                f"a GPU runs models of {', '.join(FAMILY)} here, and this one is of type {model.config.model_type!r}; "
+                "set engine.device = cpu"
+            )
+        if lean not in self._on_device:
+            self._on_device[lean] = DeviceLlama(lean, self.pool, self.positions)
+        device = self.pool.keys[0].device
+        tokens = torch.tensor([token for item in work for token in item.token_ids], device=device)
+        wanted = _wanted(work, list(range(len(work))))
+        states = self._on_device[lean].states(
+            tokens, places_of(work, self.pool.block_tokens, device), None if wanted is None else wanted.to(device)
+        )
+        head = self.head if self.head is not None else model.lm_head
+        return TargetOutput(head(states).float().cpu(), states.cpu() if hidden else None)
 
 
 def _wanted(work: list[Work], order: list[int]) -> torch.Tensor | None:

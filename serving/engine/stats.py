@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, deque
+from typing import TYPE_CHECKING
 
 from adapter.contracts import FinishReason
-from adapter.hotswap import SwapReceipt
 from serving.engine.proposers.base import Proposal
 from serving.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from adapter.hotswap import SwapReceipt
 
 _RECENT = 512
 

@@ -1,4 +1,4 @@
-"""What a forward costs, by how many tokens it processes: measured at start, kept on disk, read by the controller.
+"""What a forward costs, by how many tokens it processes: measured at start, read by the controller.
 
 Knows no model and no clock: it is given a callable that runs a forward and returns its seconds.  What
 the machine does later that it did not do at start is `cost_model`'s business.  Called by `timing`.
@@ -6,20 +6,12 @@ the machine does later that it did not do at start is `cost_model`'s business.  
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
-import msgspec
 import numpy as np
-import structlog
 from numpy.typing import NDArray
-
-log = structlog.get_logger(__name__)
 
 Measure = Callable[[int, int], float]  # (rows, context tokens) -> seconds of one forward
 Floats = NDArray[np.float64]
@@ -32,7 +24,8 @@ _AGREEMENT = 1.3
 _BEATEN = 0.85
 
 
-class Curve(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Curve:
     """Seconds of a forward: `seconds[i]` for `rows[i]` tokens, plus `context_s` a token of context.
 
     Rows rise strictly and seconds never fall, so more work is never believed to be cheaper.
@@ -76,7 +69,8 @@ class Curve(msgspec.Struct, frozen=True):
         return np.array([*self.rows, _FAR], dtype=float), np.array([*self.seconds, far])
 
 
-class CostTable(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class CostTable:
     """The curves of one pair on one machine; `draft` is None where there is no draft model.
 
     The target's curve has greedy rows; drawing from one at a temperature costs `sample_s` more.  Rows of
@@ -167,12 +161,6 @@ def _coarse_to_fine(sizes: list[int]) -> list[int]:
     return [*dict.fromkeys(first), *order]
 
 
-def fingerprint_of(facts: dict[str, object]) -> str:
-    """Return a hash of everything a table depends on; another hash, another table."""
-    text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def beaten(curve: Curve, measure: Measure, sizes: tuple[int, ...] = (1, 8), turns: int = 3) -> bool:
     """Whether forwards are clearly faster now than the curve says: then it was measured on a busy machine.
 
@@ -184,48 +172,3 @@ def beaten(curve: Curve, measure: Measure, sizes: tuple[int, ...] = (1, 8), turn
         for rows in sizes
         if rows <= curve.rows[-1]
     )
-
-
-def load_or_measure(
-    folder: Path, fingerprint: str, measure: Callable[[], CostTable], outdated: Callable[[CostTable], bool]
-) -> CostTable:
-    """Return the table kept under `folder` unless it is outdated, or measure it and keep it.
-
-    A file that cannot be read or says nonsense is measured again, and a folder that cannot be written
-    costs only the next start its seconds: neither may keep the engine from serving.
-    """
-    path = folder / f"{fingerprint[:32]}.json"
-    try:
-        table = msgspec.json.decode(path.read_bytes(), type=CostTable)
-        if table.fingerprint != fingerprint or table.format != FORMAT:
-            log.warning("cost_table_of_another_pair", path=str(path), action="measured again")
-        elif outdated(table):
-            log.info("cost_table_outdated", path=str(path), reason="forwards are faster now", action="measured again")
-        else:
-            return table
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
-        log.warning("cost_table_unreadable", path=str(path), error=str(error), action="measured again")
-    table = measure()
-    if not table.settled:
-        log.warning("cost_table_noisy", action="used now, measured again at the next start")
-        return table
-    try:
-        _write(path, msgspec.json.format(msgspec.json.encode(table)))
-    except OSError as error:
-        log.warning("cost_table_not_kept", path=str(path), error=str(error))
-    return table
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Put a whole file in place, so that a reader never meets half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise

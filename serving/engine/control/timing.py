@@ -19,9 +19,11 @@ from adapter.contracts import Sampling
 from adapter.pairs import Pair
 from adapter.settings import Settings
 from kernels.sampling import draw, shape_logits
-from serving.engine.control.cost_table import CostTable, Measure, beaten, fingerprint_of, load_or_measure, measure_curve
+from serving.engine.control.cost_file import fingerprint_of, load_or_measure
+from serving.engine.control.cost_table import CostTable, Measure, beaten, measure_curve
 from serving.engine.parameters import row_params
-from serving.engine.runner import ModelRunner, Work
+from serving.engine.runner import ModelRunner
+from serving.engine.work import Work
 
 _BUDGET_S = {"target": 4.0, "draft": 2.0}
 _LONG_CONTEXT = 512

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn.functional import embedding
 
 from kernels import dispatch
 from serving.engine.attention import KVPool
 from serving.engine.llama import LeanLlama
+from serving.engine.work import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,25 @@ class Places:
     starts: torch.Tensor
     lengths: torch.Tensor
     longest: int
+
+
+def places_of(work: list[Work], block_tokens: int, device: torch.device) -> Places:
+    """Lay out a ragged batch that the host knows."""
+    counts = np.array([len(item.token_ids) for item in work])
+    lengths = np.array([item.start for item in work]) + counts
+    width = -(-int(lengths.max()) // block_tokens)
+    tables = np.zeros((len(work), width), np.int32)
+    for row, item in zip(tables, work, strict=True):
+        used = item.block_table[:width]
+        row[: len(used)] = used
+    requests = np.repeat(np.arange(len(work)), counts)
+    ends = np.cumsum(counts)
+    positions = np.arange(len(requests)) + np.repeat(lengths - ends, counts)
+    slots = tables[requests, positions // block_tokens].astype(np.int64) * block_tokens + positions % block_tokens
+    starts = np.concatenate(([0], ends)).astype(np.int32)
+    arrays = (positions, slots, tables, starts, lengths.astype(np.int32))
+    positions_on, slots_on, tables_on, starts_on, lengths_on = (torch.from_numpy(item).to(device) for item in arrays)
+    return Places(positions_on, slots_on, tables_on, starts_on, lengths_on, int(counts.max()))
 
 
 class DeviceLlama:

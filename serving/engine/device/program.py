@@ -10,7 +10,6 @@ that drafts less than the program stops being judged at its own length.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -194,7 +193,10 @@ def _replaced(got: Received, length: torch.Tensor, last: torch.Tensor) -> Receiv
 
 def _params(got: Received, first: torch.Tensor, rows: int) -> RowParams:
     """Give every row its request's parameters; the rows of a request decide positions from `first` on."""
-    spread: Callable[[torch.Tensor], torch.Tensor] = lambda item: item.repeat_interleave(rows, output_size=len(item) * rows)  # noqa: E731
+
+    def spread(item: torch.Tensor) -> torch.Tensor:
+        return item.repeat_interleave(rows, output_size=len(item) * rows)
+
     positions = first[:, None] + torch.arange(rows, device=first.device)
     return RowParams(
         spread(got.temperature), spread(got.top_p), spread(got.top_k), spread(got.seeds), positions.reshape(-1),

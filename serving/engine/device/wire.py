@@ -55,7 +55,7 @@ def receive(packed: torch.Tensor) -> Received:
         fresh=packed[:, FRESH] != 0, length=packed[:, LENGTH].long(), last=packed[:, BEFORE_LAST : LAST + 1].long(),
         capacity=packed[:, CAPACITY].long(), gamma=packed[:, GAMMA], slot=packed[:, SLOT].long(),
         top_k=packed[:, TOP_K].long(), temperature=reals[:, 0], top_p=reals[:, 1], min_p=reals[:, 2],
-        seeds=packed[:, SEED_LOW : SEED_HIGH + 1].contiguous().view(torch.int64).squeeze(1),
+        seeds=(packed[:, SEED_HIGH].long() << 32) | (packed[:, SEED_LOW].long() & 0xFFFFFFFF),
         tables=packed[:, TABLE:].contiguous(),
     )  # fmt: skip
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import structlog
 import torch
 
 from adapter.contracts import FLOOR_VERSION
+from adapter.logs import get_logger
 from kernels.noise import Purpose
 from kernels.sampling import draw, shape_logits
-from serving.engine.draft_vocab import DraftVocab
 from serving.engine.parameters import row_params
 from serving.engine.proposers.base import Offer, Proposal
-from serving.engine.runner import ModelRunner, Work
+from serving.engine.runner import ModelRunner
 from serving.engine.sequence import Sequence
+from serving.engine.work import Work
 
-log = structlog.get_logger(__name__)
+if TYPE_CHECKING:
+    from serving.engine.draft_vocab import DraftVocab
+
+log = get_logger(__name__)
 
 _STEADY = 2  # tokens a request lacks after a round it drafted in, at most; reading them is no catching up
 

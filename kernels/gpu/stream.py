@@ -1,0 +1,211 @@
+"""One pass over logits: what every part of a row says of its largest, its mass and its drawn token.
+
+A program reads one range of one row, block by block, the next block on its way while this one is worked on.
+Per range it leaves
+
+    the largest logit m, Σ exp(x - m), and of the processed law Σ exp((x - m) / T) over what stays;
+    the best score x / T + Gumbel noise and its column, exact: as float64 arithmetic orders them;
+    the maximum of every 128 columns, from which the likeliest tokens are found without reading the row again;
+    and of the draft's row the same two sums.
+
+Noise is dear and hardly any token can win.  A block is looked at for candidates only where its largest could
+reach the best so far with the largest noise there is; whether one of four neighbours reaches it is asked of the
+least of their 1 - u (`kernels.gpu.noise`); and where one does, scores in float32 order the candidates, of which
+those within `MARGIN` of the best are settled in float64.  So a row's token is that of `kernels.sampling.draw`,
+whatever the ranges are.
+
+Shapes: logits [rows, vocab], each row contiguous; stats [rows, 5, splits] float32; best [rows, splits] float64;
+best_at [rows, splits] int32; maxima [rows, ceil(vocab / 128)] in the dtype of the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from kernels.gpu.noise import MAX_GUMBEL, gumbel32, key_of, lane_of, misses, neighbours, philox, token_noise
+
+MARGIN = tl.constexpr(1e-4)  # what float32 scores are off by, at most: this much,
+SHARE = tl.constexpr(2e-6)  # and this share of the score
+SUB = tl.constexpr(128)  # columns a stored maximum stands for
+FLOOR = tl.constexpr(-1e38)  # below every logit but -inf
+FIELDS = tl.constexpr(5)  # largest, mass, processed mass; draft's largest, draft's processed mass
+NEVER = tl.constexpr(float("-inf"))
+NOWHERE = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def margin_of(best: Any) -> Any:
+    """Return how far below `best` a float32 score may lie and still be the better one.  Scalars: float64."""
+    return MARGIN + SHARE * (tl.abs(best) + MAX_GUMBEL).to(tl.float32)
+
+
+@triton.jit
+def words_of(first: Any, token_ids: Any, vocab: Any, position: Any, k0: Any, k1: Any, PURPOSE: tl.constexpr,
+             BLOCK: tl.constexpr) -> Any:  # fmt: skip
+    """Return the words of a block's columns and, for every `len` neighbours, their largest.
+
+    Shapes: words [BLOCK] uint32; largest [BLOCK / 4], or [BLOCK] where columns are any tokens.
+    """
+    if token_ids is None:
+        blocks = first // 4 + tl.arange(0, BLOCK // 4)
+        b0, b1, b2, b3 = philox(blocks.to(tl.uint32), position, k0, k1, PURPOSE)
+        return neighbours(b0, b1, b2, b3), tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))
+    else:
+        columns = first + tl.arange(0, BLOCK)
+        tokens = tl.load(token_ids + columns, mask=columns < vocab, other=0)
+        b0, b1, b2, b3 = philox((tokens // 4).to(tl.uint32), position, k0, k1, PURPOSE)
+        words = lane_of(b0, b1, b2, b3, tokens % 4)
+        return words, words
+
+
+@triton.jit
+def settle_block(scores: Any, first: Any, row: Any, token_ids: Any, vocab: Any, temperature: Any, position: Any,
+                 k0: Any, k1: Any, best: Any, at: Any, PURPOSE: tl.constexpr, BLOCK: tl.constexpr) -> Any:  # fmt: skip
+    """Visit a block's candidates, the likeliest winner first, while one may beat the best; return the best.
+
+    Shapes: scores [BLOCK] float32, -inf where cut; best float64, at int32, its column.
+    """
+    span = tl.arange(0, BLOCK)
+    top, where = tl.max(scores, axis=0, return_indices=True)
+    while (top > NEVER) & (top >= best.to(tl.float32) - margin_of(best)):
+        column = tl.minimum(first + where, vocab - 1)  # NaN beside it can lead an argmax astray
+        token = column
+        if token_ids is not None:
+            token = tl.load(token_ids + column).to(tl.int32)
+        scaled = tl.div_rn(tl.load(row + column).to(tl.float32), temperature)
+        score = scaled.to(tl.float64) + token_noise(token, position, k0, k1, PURPOSE)
+        better = (score > best) | ((score == best) & (column < at))
+        best = tl.where(better, score, best)
+        at = tl.where(better, column, at)
+        scores = tl.where(span == where, NEVER, scores)
+        top, where = tl.max(scores, axis=0, return_indices=True)
+    return best, at
+
+
+@triton.jit
+def challenge(x: Any, top: Any, first: Any, row: Any, token_ids: Any, vocab: Any, temperature: Any, border: Any,
+              position: Any, k0: Any, k1: Any, best: Any, at: Any, PURPOSE: tl.constexpr,
+              BLOCK: tl.constexpr) -> Any:  # fmt: skip
+    """Return the best score and its column after one more block.  Shapes: x [BLOCK] float32, `top` its largest."""
+    if temperature > 0:
+        inverse = 1.0 / temperature
+        reach = best.to(tl.float32) - margin_of(best)
+        if (top >= border) & (top * inverse + MAX_GUMBEL >= reach):
+            words, largest = words_of(first, token_ids, vocab, position, k0, k1, PURPOSE, BLOCK)
+            near = x
+            if token_ids is None:
+                near = tl.max(tl.reshape(x, [BLOCK // 4, 4]), axis=1)
+            possible = (misses(largest) <= tl.exp(near * inverse - reach)) & (near >= border)
+            if tl.max(possible.to(tl.int32), axis=0) > 0:
+                scores = tl.where((x >= border) & (x == x), tl.div_rn(x, temperature) + gumbel32(words), NEVER)
+                best, at = settle_block(
+                    scores, first, row, token_ids, vocab, temperature, position, k0, k1, best, at, PURPOSE, BLOCK
+                )
+    else:
+        if top > best:
+            value, where = tl.max(x, axis=0, return_indices=True)
+            best = value.to(tl.float64)
+            at = tl.minimum(first + where, vocab - 1)
+    return best, at
+
+
+@triton.jit
+def add_mass(x: Any, border: Any, inverse: Any, peak: Any, mass: Any, shaped: Any, RAW: tl.constexpr,
+             SHAPED: tl.constexpr, BLOCK: tl.constexpr) -> Any:  # fmt: skip
+    """Return running maxima and masses, of the raw law and of the processed one, after one more block.
+
+    Shapes: x [BLOCK]; peak, mass and shaped [BLOCK / 8]: eight neighbours lie in one thread and share one maximum.
+    """
+    eight = tl.reshape(x, [BLOCK // 8, 8])
+    higher = tl.maximum(peak, tl.max(eight, axis=1))
+    below = eight - higher[:, None]
+    if RAW:
+        mass = mass * tl.exp(peak - higher) + tl.sum(tl.exp(below), axis=1)
+    if SHAPED:
+        kept = tl.where(eight >= border, tl.exp(below * inverse), tl.where(eight == eight, 0.0, eight))
+        shaped = shaped * tl.exp((peak - higher) * inverse) + tl.sum(kept, axis=1)
+    return higher, mass, shaped
+
+
+@triton.jit
+def read_block(row: Any, block: Any, last: Any, vocab: Any, BLOCK: tl.constexpr) -> Any:
+    """Load one block of a row, or nothing past the last.  Result [BLOCK], -inf past the vocabulary."""
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(row + at, mask=(at < vocab) & (block < last), other=NEVER)
+
+
+@triton.jit
+def sum_draft(draft: Any, vocab: Any, low: Any, high: Any, border: Any, inverse: Any, out: Any, splits: Any,
+              BLOCK: tl.constexpr) -> Any:  # fmt: skip
+    """Leave the draft's largest logit of a range and its processed mass."""
+    peak = tl.full([BLOCK // 8], FLOOR, tl.float32)
+    shaped = tl.zeros([BLOCK // 8], tl.float32)
+    coming = read_block(draft, low, high, vocab, BLOCK)
+    block = low
+    while block < high:
+        x = coming.to(tl.float32)
+        coming = read_block(draft, block + 1, high, vocab, BLOCK)
+        peak, _, shaped = add_mass(x, border, inverse, peak, shaped, shaped, False, True, BLOCK)
+        block += 1
+    top = tl.max(peak, axis=0)
+    tl.store(out + 3 * splits, top)
+    tl.store(out + 4 * splits, tl.sum(shaped * tl.exp((peak - top) * inverse), axis=0))
+
+
+@triton.jit(do_not_specialize=["per_split", "requests"])
+def stream(
+    logits: Any, draft: Any, token_ids: Any, temperatures: Any, seeds: Any, positions: Any, borders: Any,
+    draft_borders: Any, starts: Any, drafted: Any, stats: Any, best_out: Any, best_at: Any, maxima: Any,
+    stride: Any, draft_stride: Any, vocab: Any, per_split: Any, requests: Any,
+    PURPOSE: tl.constexpr, BLOCK: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Read one range of one row; rows of no request end at once."""
+    row, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    low = split * per_split
+    high = tl.minimum(low + per_split, tl.cdiv(vocab, BLOCK))
+    if starts is not None:
+        if row >= tl.load(starts + requests):
+            high = low
+    temperature = tl.load(temperatures + row)
+    inverse = 1.0 / tl.where(temperature > 0, temperature, 1.0)
+    border = NEVER
+    if borders is not None:
+        border = tl.where(temperature > 0, tl.load(borders + row), NEVER)
+    k0, k1 = key_of(tl.load(seeds + row))
+    position = (tl.load(positions + row) & 0xFFFFFFFF).to(tl.uint32)
+    own = logits + row * stride
+    best, at = tl.full((), NEVER, tl.float64), tl.full((), NOWHERE, tl.int32)
+    peak = tl.full([BLOCK // 8], FLOOR, tl.float32)
+    mass, shaped = tl.zeros([BLOCK // 8], tl.float32), tl.zeros([BLOCK // 8], tl.float32)
+    coming = read_block(own, low, high, vocab, BLOCK)
+    block = low
+    while block < high:  # the interpreter has no range over what a kernel computed
+        x = coming.to(tl.float32)
+        coming = read_block(own, block + 1, high, vocab, BLOCK)
+        peak, mass, shaped = add_mass(x, border, inverse, peak, mass, shaped, True, draft is not None, BLOCK)
+        if maxima is not None:
+            largest = tl.max(tl.reshape(x, [BLOCK // SUB, SUB]), axis=1)
+            place = block * (BLOCK // SUB) + tl.arange(0, BLOCK // SUB)
+            width = tl.cdiv(vocab, SUB)
+            tl.store(maxima + row * width + place, largest.to(maxima.dtype.element_ty), mask=place < width)
+        best, at = challenge(
+            x, tl.max(x, axis=0), block * BLOCK, own, token_ids, vocab, temperature, border, position, k0, k1,
+            best, at, PURPOSE, BLOCK,
+        )  # fmt: skip
+        block += 1
+    top = tl.max(peak, axis=0)
+    out = stats + row * FIELDS * splits + split
+    tl.store(out, top)
+    tl.store(out + splits, tl.sum(mass * tl.exp(peak - top), axis=0))
+    tl.store(best_out + row * splits + split, best)
+    tl.store(best_at + row * splits + split, at)
+    if draft is not None:
+        tl.store(out + 2 * splits, tl.sum(shaped * tl.exp((peak - top) * inverse), axis=0))
+        if (temperature > 0) & (tl.load(drafted + row) >= 0) & (high > low):
+            draft_border = NEVER
+            if draft_borders is not None:
+                draft_border = tl.load(draft_borders + row)
+            sum_draft(draft + row * draft_stride, vocab, low, high, draft_border, inverse, out, splits, BLOCK)

@@ -1,0 +1,71 @@
+"""Choose where the models run, and put rounds on a device together."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+import torch
+
+from adapter.contracts import SettingsError
+from adapter.logs import get_logger
+from serving.engine.device.models import DeviceModels
+from serving.engine.device.rounds import DeviceRounds, Sizes
+from serving.engine.host_rounds import HostRounds
+from serving.engine.proposers.collection import Proposers
+from serving.engine.runner import ModelRunner
+
+if TYPE_CHECKING:
+    from adapter.settings import EngineSettings
+
+log = get_logger(__name__)
+
+_IN_FLIGHT = 3  # rounds a token's position may lie ahead of what the host knows, its own included
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return where the models run: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        SettingsError: a GPU is asked for and cannot be used.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    reason = _no_gpu()
+    if reason is None:
+        log.info("runs_on_gpu", device=torch.cuda.get_device_name())
+        return torch.device("cuda", torch.cuda.current_device())
+    if wanted == "cuda":
+        raise SettingsError(f"engine.device = cuda: {reason}; use `auto` or `cpu` to run without a GPU")
+    return torch.device("cpu")
+
+
+def _no_gpu() -> str | None:
+    """Say why no GPU can be used; None when one can."""
+    if not torch.cuda.is_available():
+        return "this PyTorch finds no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None
+
+
+def positions_of(engine: EngineSettings) -> int:
+    """Return how many positions a token can be at, those of rounds under way included."""
+    return engine.max_model_len + _IN_FLIGHT * (engine.gamma_max + 1)
+
+
+def device_rounds(
+    engine: EngineSettings, host: HostRounds, target: ModelRunner, proposers: Proposers
+) -> DeviceRounds | HostRounds:
+    """Put together the rounds of an engine whose models lie on a device.
+
+    Drafters that read the target's hidden states need the host between two rounds: with one of these all
+    rounds stay with `host`.
+    """
+    if proposers.want_hidden_states:
+        return host
+    models = DeviceModels(target, proposers.draft, positions_of(engine))
+    sizes = Sizes(engine.max_batch, positions_of(engine), engine.block_tokens, int(target.model.config.vocab_size))
+    return DeviceRounds(
+        host, target, proposers.draft, models, sizes, coupling=host.coupling, catch_up_tokens=engine.prefill_tokens
+    )

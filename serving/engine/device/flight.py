@@ -1,0 +1,62 @@
+"""A step that was begun on a device, and what came of it once it has landed."""
+
+from __future__ import annotations
+
+import torch
+
+from serving.engine.device.graphs import Fetch, Mark
+from serving.engine.device.wire import Landing, Sent
+from serving.engine.proposers.base import Proposal
+from serving.engine.proposers.draft import DraftProposer
+from serving.engine.rounds import Ask, Outcome, Round, TopTokens
+from serving.engine.sequence import Sequence
+
+
+class FlightOnDevice:
+    """A step under way; `requests` and what belongs to them are in the order of the device's batch."""
+
+    def __init__(self, ask: Ask, device: torch.device) -> None:
+        self.ask = ask
+        self.begun, self.drafted, self.verified = Mark(device), Mark(device), Mark(device)
+        self.requests: list[Sequence] = []
+        self.gammas: list[int] = []
+        self.version: int | None = None
+        self.sent: Sent | None = None
+        self.fetch: Fetch | None = None
+        self.draft_forwards: list[int] = []
+        self.elsewhere = Outcome([])  # what the host ran of the same step
+
+    @property
+    def landed(self) -> bool:
+        """Whether nothing of the step is under way any more."""
+        return self.fetch is None
+
+    def land(self) -> Outcome:
+        """Wait until the results are here, and read them."""
+        other = self.elsewhere
+        if self.fetch is None or self.sent is None:
+            return other
+        landing = self.sent.unpack(self.fetch.wait())
+        rounds = {id(item.request): item for item in other.rounds}
+        for row, request in enumerate(self.requests):
+            rounds[id(request)] = self._round(landing, row, request)
+        return Outcome(
+            [rounds[id(request)] for request in self.ask.ready], other.broken,
+            (*self.draft_forwards, *other.draft_forwards),
+            other.draft_s + self.drafted.seconds_since(self.begun),
+            other.target_s + self.verified.seconds_since(self.drafted),
+        )  # fmt: skip
+
+    def _round(self, landing: Landing, row: int, request: Sequence) -> Round:
+        gamma, accepted = self.gammas[row], landing.accepted[row]
+        proposal = Proposal()
+        if gamma:
+            proposal = Proposal(
+                landing.drafts[row][:gamma], landing.draft_logprobs[row][:gamma], proposer=DraftProposer.name,
+                version=self.version,
+            )  # fmt: skip
+        kept = accepted + 1
+        top = None
+        if self.sent is not None and self.sent.top_k:
+            top = TopTokens(landing.topk_ids[row, :kept], landing.topk_logprobs[row, :kept])
+        return Round(request, proposal, accepted, landing.tokens[row], finite=bool(landing.finite[row]), top=top)

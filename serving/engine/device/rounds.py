@@ -1,0 +1,263 @@
+"""Compute rounds on a device: begin a step, and take in what came of it when the next one is under way.
+
+Requests that decode with the draft model or plainly run here.  Everything else, which needs the host between
+two stages (constraints, text matches, log-probs for a client, a pinned draft version), runs through
+`HostRounds` in the same step.  The text is the same either way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from serving.engine.control.base import Choice
+from serving.engine.device.flight import FlightOnDevice
+from serving.engine.device.graphs import Captured, Inbox, Outbox
+from serving.engine.device.models import DeviceModels
+from serving.engine.device.program import CATCH_UP, Known, Round
+from serving.engine.device.wire import (
+    BEFORE_LAST,
+    CAPACITY,
+    FRESH,
+    GAMMA,
+    LAST,
+    LENGTH,
+    SLOT,
+    TABLE,
+    TOP_K,
+    sampling_columns,
+)
+from serving.engine.host_rounds import HostRounds
+from serving.engine.proposers.draft import DraftProposer
+from serving.engine.rounds import Ask
+from serving.engine.runner import ModelRunner
+from serving.engine.scheduler import Plan
+from serving.engine.sequence import Sequence
+from serving.engine.work import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What fixes the shapes of buffers.
+
+    `max_batch` requests at once, of at most `max_tokens` cached tokens in blocks of `block_tokens`; logits are
+    `vocab` wide.
+    """
+
+    max_batch: int
+    max_tokens: int
+    block_tokens: int
+    vocab: int
+
+    @property
+    def table_width(self) -> int:
+        """Blocks of the longest request."""
+        return -(-self.max_tokens // self.block_tokens)
+
+
+def buckets(max_batch: int) -> list[int]:
+    """Return the batch sizes programs are made for: 1, 2, 4, then multiples of 8; others are padded."""
+    sizes = [1, 2, 4, *range(8, max_batch, 8), max_batch]
+    return sorted({size for size in sizes if size <= max_batch})
+
+
+@dataclass(slots=True)
+class _Program:
+    """A round with both of its halves ready to be begun."""
+
+    round: Round
+    draft: Captured | None
+    verify: Captured
+
+
+class DeviceRounds:
+    """Rounds on one device.
+
+    Args:
+        host: runs what cannot run here, on the same caches.
+        proposer: the draft model's, None where there is none.
+        catch_up_tokens: most tokens of backlogs that draft models read in a step.
+    """
+
+    def __init__(
+        self, host: HostRounds, target: ModelRunner, proposer: DraftProposer | None, models: DeviceModels, sizes: Sizes,
+        *, coupling: str, catch_up_tokens: int,
+    ) -> None:  # fmt: skip
+        self.coupling = coupling
+        self._host = host
+        self._target = target
+        self._proposer = proposer
+        self._models = models
+        self._sizes = sizes
+        self._catch_up_tokens = catch_up_tokens
+        self._buckets = buckets(sizes.max_batch)
+        device = models.device
+        self._device = device
+        self._known = Known.empty(sizes.max_batch, device)
+        self._outbox = Outbox((sizes.max_batch, TABLE + sizes.table_width), device)
+        self._inbox = Inbox(device)
+        self._programs: dict[tuple[int, int, int, bool], _Program] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._slots: dict[str, int] = {}
+        self._free = list(range(sizes.max_batch))[::-1]
+        self._samplings: dict[str, np.ndarray] = {}
+        self._begun: dict[str, int] = {}  # whose last round was begun here, and how much it drafted
+
+    def may_run_ahead(self, request: Sequence, choice: Choice) -> bool:
+        """Whether a next round can begin on what the device knows: nothing of it is for the host to do."""
+        before = self._begun.get(request.request_id)
+        if before is None or not self._here(request, choice):
+            return False
+        return bool(before or not choice.gamma)  # a draft model that rested lacks tokens which the host alone has
+
+    def launch(self, ask: Ask, ahead: frozenset[str] = frozenset()) -> FlightOnDevice:
+        """Begin a step; prompts, and what only the host can run, are done when this returns."""
+        choices = dict(zip((id(item) for item in ask.ready), ask.choices, strict=True))
+        here = [plan for plan in ask.plans if plan.ready and self._here(plan.sequence, choices[id(plan.sequence)])]
+        mine = {id(plan.sequence) for plan in here}
+        flight = FlightOnDevice(ask, self._device)
+        flight.begun.set()
+        self._begun = {}
+        self._read_prompts([plan for plan in here if plan.num_new > 1])
+        if here:
+            wanted = [choices[id(plan.sequence)] for plan in here]
+            self._begin(flight, [plan.sequence for plan in here], wanted, ahead, ask.top_k)
+        rest = [plan for plan in ask.plans if id(plan.sequence) not in mine]
+        if rest:
+            others = [choices[id(plan.sequence)] for plan in rest if plan.ready]
+            flight.elsewhere = self._host.launch(Ask(rest, others, ask.shape, ask.top_k)).land()
+        return flight
+
+    def ended(self, request: Sequence) -> None:
+        """Forget a request; its slot is written anew before anybody reads it again."""
+        slot = self._slots.pop(request.request_id, None)
+        self._samplings.pop(request.request_id, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    # -- what can run here -------------------------------------------------------------------
+
+    def _here(self, request: Sequence, choice: Choice) -> bool:
+        return (
+            choice.proposer in (None, DraftProposer.name)
+            and request.constraints is None
+            and request.logprobs is None
+            and request.version is None
+            and len(request.tokens) >= CATCH_UP
+        )
+
+    def _read_prompts(self, plans: list[Plan]) -> None:
+        """Bring the target's cache up to the last token, which the round itself reads."""
+        if not plans:
+            return
+        work = []
+        for plan in plans:
+            request, start = plan.sequence, plan.sequence.num_target_kv
+            end = start + plan.num_new - 1
+            work.append(Work(request.block_table, start, request.tokens[start:end], 0))
+            request.num_target_kv = end
+        self._target.run(work)
+
+    # -- a step ------------------------------------------------------------------------------
+
+    def _begin(
+        self, flight: FlightOnDevice, requests: list[Sequence], choices: list[Choice], ahead: frozenset[str], top_k: int
+    ) -> None:
+        """Send the batch's input and begin both halves of its round."""
+        self._models.follow()
+        gammas = [choice.gamma for choice in choices]
+        if self._proposer is not None:
+            reads, gammas = self._catch_up(requests, gammas, ahead)
+            flight.draft_forwards.extend(reads)
+        longest = max(gammas)
+        program = self._program(len(requests), longest, top_k)
+        self._write(requests, gammas, ahead, len(program.round.input))
+        self._outbox.send(program.round.input)
+        flight.version = self._proposer.version if self._proposer is not None else None
+        if longest and program.draft is not None:
+            program.draft()
+            live = len(requests)
+            flight.draft_forwards.extend([CATCH_UP * live] + [live] * (longest - 1))
+        flight.drafted.set()
+        program.verify()
+        flight.verified.set()
+        flight.requests, flight.gammas, flight.sent = requests, gammas, program.round.sent
+        flight.fetch = self._inbox.fetch(program.round.output)
+        self._begun = {item.request_id: gamma for item, gamma in zip(requests, gammas, strict=True)}
+
+    def _catch_up(
+        self, requests: list[Sequence], gammas: list[int], ahead: frozenset[str]
+    ) -> tuple[list[int], list[int]]:
+        """Let the draft model read what it lacks; who cannot be read to the end in this step does not draft.
+
+        Returns the sizes, in tokens, of the forwards this took, and the draft lengths that are left.
+        """
+        left, work, gammas = self._catch_up_tokens, [], list(gammas)
+        for i in sorted(range(len(requests)), key=lambda i: requests[i].arrived_s):
+            request = requests[i]
+            missing = len(request.tokens) - CATCH_UP - request.num_draft_kv
+            if not gammas[i] or request.request_id in ahead or missing <= 0:
+                continue
+            count = min(missing, left)
+            left -= count
+            if count:
+                work.append(self._models.backlog(request, count))
+            if count < missing:
+                gammas[i] = 0
+        if not work:
+            return [], gammas
+        self._models.read_with_draft(work)
+        return [sum(len(item.token_ids) for item in work)], gammas
+
+    def _program(self, batch: int, gamma: int, top_k: int) -> _Program:
+        """Return the program of a batch of this size, made where it was never needed before."""
+        size = next(item for item in self._buckets if item >= batch)
+        trimmed = self._models.trimmed
+        key = (size, gamma, top_k, trimmed)
+        if key not in self._programs:
+            sizes = self._sizes
+            made = Round(
+                self._models.target, self._models.draft, self._known, batch=size, gamma=gamma, width=sizes.table_width,
+                block_tokens=sizes.block_tokens, vocab=sizes.vocab, top_k=top_k, maximal=self.coupling == "maximal",
+            )  # fmt: skip
+            made.input[:, [FRESH, LENGTH, SLOT]] = torch.tensor([1, CATCH_UP, sizes.max_batch], dtype=torch.int32).to(
+                self._device
+            )  # whatever a capture runs, it runs for nobody
+            draft = Captured(made.draft, self._device, self._pool) if gamma else None
+            self._programs[key] = _Program(made, draft, Captured(made.verify, self._device, self._pool))
+        return self._programs[key]
+
+    def _write(self, requests: list[Sequence], gammas: list[int], ahead: frozenset[str], size: int) -> None:
+        """Write the input of a step: what the host knows of every request, and rows that pad the batch."""
+        out = self._outbox.next()
+        out[:size, :] = 0
+        out[len(requests) : size, FRESH] = 1
+        out[len(requests) : size, LENGTH] = CATCH_UP
+        out[len(requests) : size, SLOT] = self._sizes.max_batch
+        for row, request, gamma in zip(out, requests, gammas, strict=False):
+            tokens, table = request.tokens, request.block_table
+            row[FRESH] = request.request_id not in ahead
+            row[LENGTH] = len(tokens)
+            row[BEFORE_LAST], row[LAST] = tokens[-2], tokens[-1]
+            row[CAPACITY] = len(table) * self._sizes.block_tokens
+            row[GAMMA] = gamma
+            row[SLOT] = self._slot(request, requests)
+            row[TOP_K:TABLE] = self._sampling(request)
+            row[TABLE : TABLE + len(table)] = table
+
+    def _slot(self, request: Sequence, requests: list[Sequence]) -> int:
+        """Return where the device keeps what it knows of a request; who does not run now may have to give way."""
+        if request.request_id not in self._slots:
+            if not self._free:
+                running = {item.request_id for item in requests}
+                for name in [name for name in self._slots if name not in running]:
+                    self._free.append(self._slots.pop(name))
+            self._slots[request.request_id] = self._free.pop()
+        return self._slots[request.request_id]
+
+    def _sampling(self, request: Sequence) -> np.ndarray:
+        if request.request_id not in self._samplings:
+            self._samplings[request.request_id] = sampling_columns(request.sampling)
+        return self._samplings[request.request_id]
