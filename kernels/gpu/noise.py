@@ -11,8 +11,6 @@ which is one exponential and no logarithm: `misses` is how likely candidates are
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -23,13 +21,13 @@ UNIT = tl.constexpr(2.0**-32)
 
 
 @triton.jit
-def key_of(seed: Any) -> Any:
+def key_of(seed: tl.tensor) -> tl.tensor:
     """Split a 64-bit seed into the two words of the key.  Scalars: int64; two of uint32."""
     return (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
 
 
 @triton.jit
-def philox(blocks: Any, position: Any, k0: Any, k1: Any, PURPOSE: tl.constexpr) -> Any:
+def philox(blocks: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor, PURPOSE: tl.constexpr) -> tl.tensor:
     """Return the four words of each counter (blocks, position, PURPOSE, 0).
 
     Shapes: blocks any, uint32; position, k0, k1 scalars uint32; results as `blocks`, uint32.  A product is taken
@@ -50,19 +48,19 @@ def philox(blocks: Any, position: Any, k0: Any, k1: Any, PURPOSE: tl.constexpr) 
 
 
 @triton.jit
-def lane_of(b0: Any, b1: Any, b2: Any, b3: Any, lanes: Any) -> Any:
+def lane_of(b0: tl.tensor, b1: tl.tensor, b2: tl.tensor, b3: tl.tensor, lanes: tl.tensor) -> tl.tensor:
     """Return the word of one lane.  Shapes: all alike, uint32; lanes int 0..3."""
     return tl.where(lanes < 2, tl.where(lanes == 0, b0, b1), tl.where(lanes == 2, b2, b3))
 
 
 @triton.jit
-def misses(bits: Any) -> Any:
+def misses(bits: tl.tensor) -> tl.tensor:
     """Return 1 - u in float32, to 1e-7 of itself.  Shapes: any, uint32."""
     return ((0xFFFFFFFF - bits).to(tl.float32) + 0.5) * UNIT
 
 
 @triton.jit
-def gumbel32(bits: Any) -> Any:
+def gumbel32(bits: tl.tensor) -> tl.tensor:
     """Return Gumbel noise in float32.  Near u = 1 it is -log of the series of -log(1 - v) with v = 1 - u."""
     v = misses(bits)
     series = v * (1.0 + v * (0.5 + v * (0.33333334 + v * 0.25)))
@@ -71,25 +69,25 @@ def gumbel32(bits: Any) -> Any:
 
 
 @triton.jit
-def gumbel64(bits: Any) -> Any:
+def gumbel64(bits: tl.tensor) -> tl.tensor:
     """Return Gumbel noise in float64.  Shapes: any, uint32."""
     return -tl.log(-tl.log(uniform64(bits)))
 
 
 @triton.jit
-def uniform64(bits: Any) -> Any:
+def uniform64(bits: tl.tensor) -> tl.tensor:
     """Map bits into the open interval (0, 1), float64.  Shapes: any, uint32."""
     return (bits.to(tl.float64) + 0.5) * UNIT
 
 
 @triton.jit
-def token_noise(token: Any, position: Any, k0: Any, k1: Any, PURPOSE: tl.constexpr) -> Any:
+def token_noise(token: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor, PURPOSE: tl.constexpr) -> tl.tensor:
     """Return one token's Gumbel noise in float64.  Scalars: token int; position, k0, k1 uint32."""
     b0, b1, b2, b3 = philox((token // 4).to(tl.uint32), position, k0, k1, PURPOSE)
     return gumbel64(lane_of(b0, b1, b2, b3, token % 4))
 
 
 @triton.jit
-def neighbours(b0: Any, b1: Any, b2: Any, b3: Any) -> Any:
+def neighbours(b0: tl.tensor, b1: tl.tensor, b2: tl.tensor, b3: tl.tensor) -> tl.tensor:
     """Lay four words side by side.  Shapes: four of [n]; result [4 n], the words of one counter consecutive."""
     return tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), [4 * b0.shape[0]])

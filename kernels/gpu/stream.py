@@ -20,8 +20,6 @@ best_at [rows, splits] int32; maxima [rows, ceil(vocab / 128)] in the dtype of t
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -30,21 +28,21 @@ from kernels.gpu.noise import MAX_GUMBEL, gumbel32, key_of, lane_of, misses, nei
 MARGIN = tl.constexpr(1e-4)  # what float32 scores are off by, at most: this much,
 SHARE = tl.constexpr(2e-6)  # and this share of the score
 SUB = tl.constexpr(128)  # columns a stored maximum stands for
-FLOOR = tl.constexpr(-1e38)  # below every logit but -inf
+FLOOR = tl.constexpr(-1e38)  # below every logit and score but -inf, and still a number to reckon with
 FIELDS = tl.constexpr(5)  # largest, mass, processed mass; draft's largest, draft's processed mass
 NEVER = tl.constexpr(float("-inf"))
 NOWHERE = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def margin_of(best: Any) -> Any:
+def margin_of(best: tl.tensor) -> tl.tensor:
     """Return how far below `best` a float32 score may lie and still be the better one.  Scalars: float64."""
     return MARGIN + SHARE * (tl.abs(best) + MAX_GUMBEL).to(tl.float32)
 
 
 @triton.jit
-def words_of(first: Any, token_ids: Any, vocab: Any, position: Any, k0: Any, k1: Any, PURPOSE: tl.constexpr,
-             BLOCK: tl.constexpr) -> Any:  # fmt: skip
+def words_of(first: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor, PURPOSE: tl.constexpr,
+             BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Return the words of a block's columns and, for every `len` neighbours, their largest.
 
     Shapes: words [BLOCK] uint32; largest [BLOCK / 4], or [BLOCK] where columns are any tokens.
@@ -62,8 +60,8 @@ def words_of(first: Any, token_ids: Any, vocab: Any, position: Any, k0: Any, k1:
 
 
 @triton.jit
-def settle_block(scores: Any, first: Any, row: Any, token_ids: Any, vocab: Any, temperature: Any, position: Any,
-                 k0: Any, k1: Any, best: Any, at: Any, PURPOSE: tl.constexpr, BLOCK: tl.constexpr) -> Any:  # fmt: skip
+def settle_block(scores: tl.tensor, first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor, temperature: tl.tensor, position: tl.tensor,
+                 k0: tl.tensor, k1: tl.tensor, best: tl.tensor, at: tl.tensor, PURPOSE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Visit a block's candidates, the likeliest winner first, while one may beat the best; return the best.
 
     Shapes: scores [BLOCK] float32, -inf where cut; best float64, at int32, its column.
@@ -86,9 +84,9 @@ def settle_block(scores: Any, first: Any, row: Any, token_ids: Any, vocab: Any, 
 
 
 @triton.jit
-def challenge(x: Any, top: Any, first: Any, row: Any, token_ids: Any, vocab: Any, temperature: Any, border: Any,
-              position: Any, k0: Any, k1: Any, best: Any, at: Any, PURPOSE: tl.constexpr,
-              BLOCK: tl.constexpr) -> Any:  # fmt: skip
+def challenge(x: tl.tensor, top: tl.tensor, first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor, temperature: tl.tensor, border: tl.tensor,
+              position: tl.tensor, k0: tl.tensor, k1: tl.tensor, best: tl.tensor, at: tl.tensor, PURPOSE: tl.constexpr,
+              BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Return the best score and its column after one more block.  Shapes: x [BLOCK] float32, `top` its largest."""
     if temperature > 0:
         inverse = 1.0 / temperature
@@ -98,7 +96,7 @@ def challenge(x: Any, top: Any, first: Any, row: Any, token_ids: Any, vocab: Any
             near = x
             if token_ids is None:
                 near = tl.max(tl.reshape(x, [BLOCK // 4, 4]), axis=1)
-            possible = (misses(largest) <= tl.exp(near * inverse - reach)) & (near >= border)
+            possible = (misses(largest) <= tl.exp(tl.minimum(near * inverse - reach, 1.0))) & (near >= border)
             if tl.max(possible.to(tl.int32), axis=0) > 0:
                 scores = tl.where((x >= border) & (x == x), tl.div_rn(x, temperature) + gumbel32(words), NEVER)
                 best, at = settle_block(
@@ -113,8 +111,8 @@ def challenge(x: Any, top: Any, first: Any, row: Any, token_ids: Any, vocab: Any
 
 
 @triton.jit
-def add_mass(x: Any, border: Any, inverse: Any, peak: Any, mass: Any, shaped: Any, RAW: tl.constexpr,
-             SHAPED: tl.constexpr, BLOCK: tl.constexpr) -> Any:  # fmt: skip
+def add_mass(x: tl.tensor, border: tl.tensor, inverse: tl.tensor, peak: tl.tensor, mass: tl.tensor, shaped: tl.tensor, RAW: tl.constexpr,
+             SHAPED: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Return running maxima and masses, of the raw law and of the processed one, after one more block.
 
     Shapes: x [BLOCK]; peak, mass and shaped [BLOCK / 8]: eight neighbours lie in one thread and share one maximum.
@@ -131,15 +129,15 @@ def add_mass(x: Any, border: Any, inverse: Any, peak: Any, mass: Any, shaped: An
 
 
 @triton.jit
-def read_block(row: Any, block: Any, last: Any, vocab: Any, BLOCK: tl.constexpr) -> Any:
+def read_block(row: tl.tensor, block: tl.tensor, last: tl.tensor, vocab: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
     """Load one block of a row, or nothing past the last.  Result [BLOCK], -inf past the vocabulary."""
     at = block * BLOCK + tl.arange(0, BLOCK)
     return tl.load(row + at, mask=(at < vocab) & (block < last), other=NEVER)
 
 
 @triton.jit
-def sum_draft(draft: Any, vocab: Any, low: Any, high: Any, border: Any, inverse: Any, out: Any, splits: Any,
-              BLOCK: tl.constexpr) -> Any:  # fmt: skip
+def sum_draft(draft: tl.tensor, vocab: tl.tensor, low: tl.tensor, high: tl.tensor, border: tl.tensor, inverse: tl.tensor, out: tl.tensor, splits: tl.tensor,
+              BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Leave the draft's largest logit of a range and its processed mass."""
     peak = tl.full([BLOCK // 8], FLOOR, tl.float32)
     shaped = tl.zeros([BLOCK // 8], tl.float32)
@@ -157,11 +155,11 @@ def sum_draft(draft: Any, vocab: Any, low: Any, high: Any, border: Any, inverse:
 
 @triton.jit(do_not_specialize=["per_split", "requests"])
 def stream(
-    logits: Any, draft: Any, token_ids: Any, temperatures: Any, seeds: Any, positions: Any, borders: Any,
-    draft_borders: Any, starts: Any, drafted: Any, stats: Any, best_out: Any, best_at: Any, maxima: Any,
-    stride: Any, draft_stride: Any, vocab: Any, per_split: Any, requests: Any,
+    logits: tl.tensor, draft: tl.tensor, token_ids: tl.tensor, temperatures: tl.tensor, seeds: tl.tensor, positions: tl.tensor, borders: tl.tensor,
+    draft_borders: tl.tensor, starts: tl.tensor, drafted: tl.tensor, stats: tl.tensor, best_out: tl.tensor, best_at: tl.tensor, maxima: tl.tensor,
+    stride: tl.tensor, draft_stride: tl.tensor, vocab: tl.tensor, per_split: tl.tensor, requests: tl.tensor,
     PURPOSE: tl.constexpr, BLOCK: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """Read one range of one row; rows of no request end at once."""
     row, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     low = split * per_split
@@ -177,7 +175,7 @@ def stream(
     k0, k1 = key_of(tl.load(seeds + row))
     position = (tl.load(positions + row) & 0xFFFFFFFF).to(tl.uint32)
     own = logits + row * stride
-    best, at = tl.full((), NEVER, tl.float64), tl.full((), NOWHERE, tl.int32)
+    best, at = tl.full((), FLOOR, tl.float64), tl.full((), NOWHERE, tl.int32)
     peak = tl.full([BLOCK // 8], FLOOR, tl.float32)
     mass, shaped = tl.zeros([BLOCK // 8], tl.float32), tl.zeros([BLOCK // 8], tl.float32)
     coming = read_block(own, low, high, vocab, BLOCK)

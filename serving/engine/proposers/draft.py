@@ -108,7 +108,8 @@ class DraftProposer:
         if self.vocabulary is not None:
             self.vocabulary.count(request.segment, request.tokens[before:])
         if proposal.tokens and proposal.proposer == self.name:
-            request.num_draft_kv = before + min(num_accepted, len(proposal.tokens) - 1)
+            read = before + min(num_accepted, len(proposal.tokens) - 1)
+            request.num_draft_kv = min(read, len(request.tokens))  # a last round may have drafted beyond the end
 
     def ended(self, request: Sequence) -> None:
         """Keep nothing about requests."""

@@ -1,0 +1,326 @@
+"""Rounds as programs for a device: the same text as rounds on the host, begun ahead, and never waiting."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_rig import MIXED, Changing, Rig, counts_of, plain_each, prompts, reference_models, request, requests_for
+from engine_rig import shared_rigs as shared
+
+from adapter.contracts import FLOOR_VERSION, Sampling
+from serving.engine.attention import KVPool
+from serving.engine.control.fixed import FixedGamma
+from serving.engine.device.llama import DeviceLlama
+from serving.engine.device.program import Head, Known, Model, Round
+from serving.engine.device.rounds import DeviceRounds, buckets
+from serving.engine.device.wire import Sent, receive, sampling_columns
+from serving.engine.llama import LeanLlama
+from serving.engine.sequence import Sequence
+
+HERE: dict[str, Any] = {"exact": True, "compiled": False, "programs": True}
+
+
+@pytest.fixture(scope="module")
+def rig_for(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Rig]]:
+    with shared(folder, tmp_path_factory) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def ids(rig_for: Callable[..., Rig]) -> list[list[int]]:
+    return prompts(rig_for(**HERE).engine.target.model.config.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def said(rig_for: Callable[..., Rig], ids: list[list[int]]) -> list[list[int]]:
+    """What plain sampling says to each prompt, by the definition."""
+    return plain_each(reference_models(rig_for(**HERE).pair)[0], ids, MIXED, 40)
+
+
+@pytest.mark.parametrize("gamma", [0, 1, 3, 8])
+def test_device_rounds_say_what_plain_sampling_says(rig_for, ids, said, gamma):
+    """Greedy and seeded requests, 1 to 8 drafted tokens: every token equals the definition's (I1)."""
+    rig = rig_for(**HERE)
+    rig.engine.controller = FixedGamma(gamma)
+    assert isinstance(rig.engine.rounds, DeviceRounds)
+    items = requests_for(ids, MIXED, 40, prefix=f"g{gamma}-")
+    assert rig.run(items) == said
+    counts = counts_of(items)
+    assert (counts.num_drafted > 0) == (gamma > 0)
+    assert counts.num_accepted <= counts.num_examined <= counts.num_drafted
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_device_rounds_and_rounds_of_the_host_mix(rig_for, ids, said, seed):
+    """Draft lengths and proposers change in every round, so rounds change place: the text does not."""
+    rig = rig_for(**HERE)
+    rig.engine.controller = Changing(seed)
+    assert rig.run(requests_for(ids, MIXED, 40, prefix=f"c{seed}-")) == said
+
+
+def test_a_next_round_begins_before_the_last_one_landed(rig_for, ids, said):
+    """In steady state the loop is one round ahead of what it has heard, and catches up when a request ends."""
+    rig = rig_for(**HERE)
+    rig.engine.controller = FixedGamma(3)
+    launch, aheads = rig.engine.rounds.launch, []
+    rig.engine.rounds.launch = lambda ask, ahead: (aheads.append(len(ahead)), launch(ask, ahead))[1]  # type: ignore[method-assign]
+    try:
+        assert rig.run(requests_for(ids, MIXED, 40, prefix="ahead-")) == said
+    finally:
+        del rig.engine.rounds.launch
+    assert sum(count > 0 for count in aheads) > len(aheads) / 3
+    assert aheads[0] == 0
+
+
+def test_a_request_that_ends_while_its_next_round_is_under_way_gains_nothing(rig_for, ids, said):
+    """An end token is found a round late: what was begun meanwhile is dropped, blocks and counts are right (I8)."""
+    rig = rig_for(**HERE)
+    rig.engine.controller = FixedGamma(3)
+    free = rig.engine.scheduler.free_blocks
+    item = request("ends", ids[0], 40, ends=[said[0][12]])
+    end = said[0].index(said[0][12]) + 1
+    assert rig.run([item]) == [said[0][:end]]
+    assert item.finish_reason == "stop"
+    rig.engine.step()  # what was under way lands now
+    assert rig.engine.scheduler.free_blocks == free
+
+
+def test_a_cancelled_request_leaves_its_neighbours_alone(rig_for, ids, said):
+    """A client leaves while its round is under way; the others say what they would have said."""
+    rig = rig_for(**HERE)
+    rig.engine.controller = FixedGamma(3)
+    items = requests_for(ids, MIXED, 40, prefix="left-")
+
+    def leave(step: int) -> None:
+        if step == 6:
+            rig.engine.end(items[2].request_id, "cancelled")
+
+    for item in items:
+        rig.engine.submit(item)
+    for step in range(500):
+        if not rig.engine.busy:
+            break
+        leave(step)
+        rig.engine.step()
+    for i, item in enumerate(items):
+        generated = item.tokens[item.prompt_tokens :]
+        assert generated == said[i][: len(generated)]
+        assert len(generated) == 40 or i == 2
+
+
+def test_a_swap_copies_the_new_weights_bit_for_bit_and_changes_no_text(rig_for, ids, said):
+    """Every fifth step another draft, random ones and NaN included: same text, and its own bits at the old address."""
+    rig = rig_for(**HERE)
+    rig.engine.controller = FixedGamma(3)
+    rounds: Any = rig.engine.rounds
+    models = [
+        rig.model(lambda weight: weight.normal_(0, 0.3)), rig.model(lambda weight: weight.fill_(torch.nan)),
+        rig.model(lambda weight: weight.mul_(1.0)),
+    ]  # fmt: skip
+    base = rig.engine.proposers.draft.runner.model
+    addresses = _addresses(rounds)
+    versions = []
+
+    def swap(step: int) -> None:
+        if step % 5 == 4:
+            versions.append(100 + step)
+            rig.swap(versions[-1], models[len(versions) % len(models)])
+
+    try:
+        assert rig.run(requests_for(ids, MIXED, 40, prefix="swap-"), swap) == said
+        assert len(versions) >= 3
+        rounds._models.follow()
+        forwards = rig.engine.proposers.draft.runner.forwards
+        source = forwards.of(rig.engine.proposers.draft.runner.model)
+        for mine, theirs in zip(rounds._models._live.layers, source.layers, strict=True):
+            assert torch.equal(mine.qkv.weight.view(torch.int32), theirs.qkv.weight.view(torch.int32))
+        assert _addresses(rounds) == addresses
+    finally:
+        rig.swap(FLOOR_VERSION, base)
+        rig.run([request("back", ids[0], 2)])
+
+
+def _addresses(rounds: Any) -> list[int]:
+    layers = rounds._models._live.layers
+    return [getattr(layer, name).weight.data_ptr() for layer in layers for name in ("qkv", "output", "gate_up", "down")]
+
+
+def test_too_few_blocks_change_no_text(rig_for, ids, said):
+    """Preemption while rounds are begun ahead: requests start over and say the same."""
+    rig = rig_for(**HERE, kv_tokens=208)
+    rig.engine.controller = FixedGamma(3)
+    assert rig.run(requests_for(ids, MIXED, 40, prefix="few-")) == said
+    assert rig.engine.scheduler.num_preempted > 0
+
+
+def test_records_of_device_rounds_are_those_of_the_host(rig_for, ids):
+    """Blocks of the log are equal in ids, verdicts and positions, and log-probs to rounding.
+
+    Only at a request's end, where a round begun ahead drafts beyond it, may the last draft be longer.
+    """
+    host, here = rig_for(exact=True, compiled=False), rig_for(**HERE)
+    found = []
+    for rig in (host, here):
+        rig.engine.controller = FixedGamma(2)
+        rig.collect(rig.engine.recorder._settings)
+        rig.run(requests_for(ids, MIXED, 24, prefix="log-"))
+        found.append({block.request_id: block for block in rig.log.blocks})
+    assert found[0].keys() == found[1].keys()
+    for name, block in found[0].items():
+        other = found[1][name]
+        assert (block.token_ids, block.positions) == (other.token_ids, other.positions), name
+        settled = block.num_records - 3
+        for field in ("verdicts", "draft_ids", "topk_ids"):
+            assert (block.array(field)[:settled] == other.array(field)[:settled]).all(), (name, field)
+        for field in ("draft_logprobs", "topk_logprobs", "tail_mass"):
+            difference = abs(block.array(field)[:settled].astype(float) - other.array(field)[:settled].astype(float))
+            assert difference.max() < 5e-3, (name, field)
+
+
+def test_the_maximal_coupling_keeps_the_laws_it_drew_from(rig_for, ids):
+    """With a draft equal to its target nothing is ever rejected, in rounds of a device too."""
+    rig = rig_for(**HERE, coupling="maximal", draft_vocab_size=0)
+    rig.engine.controller = FixedGamma(3)
+    rounds: Any = rig.engine.rounds
+    items = requests_for(ids, MIXED, 24, prefix="max-")
+    rig.run(items)
+    assert counts_of(items).num_accepted < counts_of(items).num_drafted
+    assert any(program.round._laws is not None for program in rounds._programs.values())
+
+
+def test_what_needs_the_host_runs_there_in_the_same_step(rig_for, ids, said):
+    """A request with log-probs beside others: its answer has them, and nobody's text changes."""
+    rig = rig_for(**HERE)
+    rig.engine.controller = FixedGamma(3)
+    items = requests_for(ids, MIXED, 40, prefix="host-")
+    items[1].logprobs = 3
+    heard: dict[str, list[Any]] = {item.request_id: [] for item in items}
+    for item in items:
+        rig.engine.submit(item)
+    while rig.engine.busy:
+        for delivery in rig.engine.step():
+            heard[delivery.request_id] += delivery.logprobs or []
+    assert [item.tokens[item.prompt_tokens :] for item in items] == said
+    assert [len(heard[item.request_id]) for item in items] == [0, 40, *[0] * (len(items) - 2)]
+
+
+def test_a_model_that_says_no_numbers_ends_its_requests_alone(rig_for, ids):
+    """NaN logits end a request with an error, and the engine goes on."""
+    rig = rig_for(**HERE, max_batch=4)
+    norm = rig.engine.target.model.model.norm
+    before = norm.weight.detach().clone()
+    items = requests_for(ids[:2], MIXED[:2], 40, prefix="nan-")
+
+    def spoil(step: int) -> None:
+        if step == 5:
+            norm.weight.data.fill_(torch.nan)
+
+    for item in items:
+        rig.engine.submit(item)
+    for step in range(100):
+        if not rig.engine.busy:
+            break
+        spoil(step)
+        rig.engine.step()
+    norm.weight.data.copy_(before)
+    assert [item.finish_reason for item in items] == ["error", "error"]
+    assert rig.engine.stats.not_finite == 2
+    good = request("after", ids[0], 8)
+    rig.run([good])
+    assert good.finish_reason == "length"
+
+
+def test_a_row_that_pads_a_batch_belongs_to_nobody(rig_for, ids, said):
+    """Three requests in a program for four: the padding row writes no cache and knows no slot."""
+    rig = rig_for(**HERE)
+    rig.engine.controller = FixedGamma(2)
+    pool = rig.engine.target.pool
+    before = [keys[0].clone() for keys in pool.keys]
+    assert rig.run(requests_for(ids[:3], MIXED[:3], 40, prefix="pad-")) == said[:3]
+    assert all(torch.equal(keys[0], kept) for keys, kept in zip(pool.keys, before, strict=True))
+
+
+def test_batch_sizes_are_few():
+    """Programs exist for few sizes, the largest among them, and each batch fits one."""
+    assert buckets(1) == [1]
+    assert buckets(8) == [1, 2, 4, 8]
+    assert buckets(20) == [1, 2, 4, 8, 16, 20]
+    assert all(min(size for size in buckets(64) if size >= batch) < batch + 8 for batch in range(1, 65))
+
+
+def test_what_crosses_to_the_device_arrives_unchanged():
+    """Sampling parameters survive the packed row bit for bit, 64-bit seeds included."""
+    samplings = [
+        Sampling(temperature=0.7, top_p=0.9, top_k=40, min_p=0.05, seed=2**64 - 5),
+        Sampling(temperature=0.0, seed=2**63),
+    ]
+    packed = torch.zeros(2, 20, dtype=torch.int32)
+    for row, sampling in zip(packed, samplings, strict=True):
+        row[7:13] = torch.from_numpy(sampling_columns(sampling))
+    got = receive(packed)
+    assert got.top_k.tolist() == [40, 0]
+    assert got.temperature.tolist() == pytest.approx([0.7, 0.0])
+    assert got.top_p.tolist() == pytest.approx([0.9, 1.0])
+    assert got.min_p.tolist() == pytest.approx([0.05, 0.0])
+    assert [value % 2**64 for value in got.seeds.tolist()] == [2**64 - 5, 2**63]
+
+
+@pytest.mark.parametrize(("gamma", "top_k"), [(0, 0), (0, 5), (3, 32), (8, 1)])
+def test_what_comes_back_is_what_was_packed(gamma, top_k):
+    """Every column of a step's output survives the way, for odd sizes too."""
+    batch, rows = 3, gamma + 1
+    generator = torch.Generator().manual_seed(gamma)
+    drafts = torch.randint(0, 150_000, (batch, gamma), generator=generator)
+    logprobs = torch.rand(batch, gamma, generator=generator)
+    ids = torch.randint(0, 150_000, (batch * rows, top_k), generator=generator)
+    values = torch.rand(batch * rows, top_k, generator=generator).half()
+    accepted, tokens = torch.tensor([0, gamma, 1]), torch.tensor([7, 8, 149_999])
+    finite = torch.tensor([True, False, True])
+    sent = Sent(gamma, top_k)
+    packed = sent.pack(accepted, tokens, finite, drafts, logprobs, ids, values)
+    assert packed.shape == (batch, sent.width)
+    landing = sent.unpack(packed.numpy())
+    assert (landing.accepted, landing.tokens, landing.finite) == ([0, gamma, 1], [7, 8, 149_999], [1, 0, 1])
+    assert landing.drafts == drafts.tolist()
+    assert landing.draft_logprobs == logprobs.tolist()
+    assert landing.topk_ids.reshape(-1).tolist() == ids.reshape(-1).tolist()
+    assert landing.topk_logprobs.reshape(-1).tolist() == values.reshape(-1).tolist()
+
+
+@pytest.mark.parametrize("maximal", [False, True])
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_a_round_never_asks_the_device_anything(rig_for, maximal, trimmed):
+    """On tensors without contents, where reading a value or mixing devices is an error, both halves run through."""
+    rig = rig_for(**HERE)
+    target = copy.deepcopy(rig.engine.target.model).to("meta")
+    vocab, device = target.config.vocab_size, torch.device("meta")
+    pool = KVPool(target.config, 16, 8, torch.float32, device)
+    layers = DeviceLlama(LeanLlama(target), pool, 256)
+    head = Head(target.lm_head.weight)
+    small = Head(
+        torch.empty(64, target.config.hidden_size, device=device), torch.empty(64, device=device),
+        torch.empty(64, dtype=torch.long, device=device),
+    )  # fmt: skip
+    made = Round(
+        Model(layers, head), Model(layers, small if trimmed else head), Known.empty(8, device), batch=4, gamma=3,
+        width=12, block_tokens=8, vocab=vocab, top_k=5, maximal=maximal,
+    )  # fmt: skip
+    made.draft()
+    made.verify()
+    assert made.output.device == device
+    with pytest.raises((RuntimeError, NotImplementedError)):  # so that the above means something
+        made.output.sum().item()
+
+
+def test_a_pinned_request_runs_beside_the_others(rig_for, ids, said):
+    """Pinned to the floor it drafts with the floor, wherever that is: same text."""
+    rig = rig_for(**HERE)
+    rig.engine.controller = FixedGamma(3)
+    items: list[Sequence] = requests_for(ids, MIXED, 40, prefix="pin-")
+    items[3].version = FLOOR_VERSION
+    assert rig.run(items) == said
