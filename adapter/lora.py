@@ -43,7 +43,8 @@ def merge(
         if not factors:
             weight.copy_(pristine)
             continue
-        update = scale * (factors[f"{name}.lora_B"] @ factors[f"{name}.lora_A"])
+        b, a = (factors[f"{name}.lora_{part}"].to(weight.device) for part in "BA")
+        update = scale * (b @ a)
         size, limit = float(update.norm()), float(pristine.float().norm())
         if not torch.isfinite(update).all():
             raise ArtifactError(f"the update of {name} is not finite")

@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
         "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), "gpu": _gpu()},
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "draftsmith")},
+            **{name: found for name in ("torch", "triton", "transformers", "draftsmith") if (found := _version(name))},
         },
         "commit": _commit(),
     }
@@ -37,6 +37,14 @@ def command(module: str, arguments: list[str]) -> str:
     for before, word in zip(["", *arguments], arguments, strict=False):
         shown.append({"--data": "FOLDER", "--vllm-python": "PYTHON", "--guidellm": "PATH"}.get(before, word))
     return shlex.join(shown)
+
+
+def _version(name: str) -> str | None:
+    """Return an installed version; None where a machine runs without it."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:

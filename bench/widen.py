@@ -27,9 +27,9 @@ from adapter.contracts import SettingsError
 from adapter.models import DTYPES, find_model, load_draft, prepare_pair
 from adapter.pairs import Pair, read_config
 from adapter.settings import load_settings
+from bench.wider import wider, wider_config
 
 WIDENABLE = ("llama", "mistral", "qwen2", "qwen3")  # plain residual stream, RMSNorm that only multiplies
-_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 _WEIGHTS = "model.safetensors"
 
 
@@ -58,28 +58,8 @@ def widen(source: Path, out: Path, times: int, dtype: torch.dtype | None = None)
         narrow = weights["model.embed_tokens.weight"].shape[1] // times
         tied = weights["model.embed_tokens.weight"][:, :narrow]
         weights["lm_head.weight"] = wider("lm_head.weight", tied, times).contiguous()
-    _write(source, out, weights, _wider_config(config, times))
+    _write(source, out, weights, wider_config(config, times))
     return out
-
-
-def wider(name: str, weight: torch.Tensor, times: int) -> torch.Tensor:
-    """Return one tensor of the model as the wide model has it.
-
-    Raises:
-        SettingsError: no Llama-shaped model has a tensor of this name.
-    """
-    kind = name.rsplit(".", 2)[-2]
-    if kind in ("q_norm", "k_norm"):  # inside a head, and heads keep their size
-        return weight
-    if kind == "embed_tokens":
-        return weight.repeat(1, times)
-    if kind == "lm_head":
-        return weight.repeat(1, times) / times
-    if kind == "norm" or kind.endswith("layernorm") or name.endswith(".bias"):
-        return weight.repeat(times)
-    if kind.endswith("_proj") and weight.dim() == 2:
-        return weight.repeat(times, times) / times
-    raise SettingsError(f"tensor {name!r} is not part of a Llama-shaped model; it cannot be widened")
 
 
 def export_draft(pair: Pair, out: Path, dtype: torch.dtype | None = None) -> Path:
@@ -129,14 +109,6 @@ def _tensors(folder: Path) -> Any:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                 yield name, file.get_tensor(name)
-
-
-def _wider_config(config: dict[str, Any], times: int) -> dict[str, Any]:
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    sizes = config | {"num_key_value_heads": kv_heads}
-    wide = {name: sizes[name] * times for name in _SIZES}
-    return config | wide | {"head_dim": head_dim, "tie_word_embeddings": False}
 
 
 def _write(source: Path, out: Path, weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:

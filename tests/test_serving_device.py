@@ -134,10 +134,10 @@ def test_a_swap_copies_the_new_weights_bit_for_bit_and_changes_no_text(rig_for, 
     try:
         assert rig.run(requests_for(ids, MIXED, 40, prefix="swap-"), swap) == said
         assert len(versions) >= 3
-        rounds._models.follow()
+        rounds.models.follow()
         forwards = rig.engine.proposers.draft.runner.forwards
         source = forwards.of(rig.engine.proposers.draft.runner.model)
-        for mine, theirs in zip(rounds._models._live.layers, source.layers, strict=True):
+        for mine, theirs in zip(rounds.models._live.layers, source.layers, strict=True):
             assert torch.equal(mine.qkv.weight.view(torch.int32), theirs.qkv.weight.view(torch.int32))
         assert _addresses(rounds) == addresses
     finally:
@@ -146,7 +146,7 @@ def test_a_swap_copies_the_new_weights_bit_for_bit_and_changes_no_text(rig_for, 
 
 
 def _addresses(rounds: Any) -> list[int]:
-    layers = rounds._models._live.layers
+    layers = rounds.models._live.layers
     return [getattr(layer, name).weight.data_ptr() for layer in layers for name in ("qkv", "output", "gate_up", "down")]
 
 

@@ -4,10 +4,7 @@ One launch, of which the first programs judge a request each and the others reco
 
     a request  merges what its rows' ranges found, 16 rows at a time, and keeps drafted tokens up to the first
                that is not the target's (gumbel, greedy) or for which u q(x) < p(x) does not hold (maximal);
-    a row      log Σ exp from its ranges, and of the raw law the k likeliest tokens.  These lie in the k parts of
-               128 columns with the largest maxima, so the row is read again there only.  The k-th largest of the
-               maxima, and then of those parts, is found by fixing two bits of it at a time; of equal values the
-               first come first, everywhere.
+    a row      log Σ exp from its ranges, and of the raw law the k likeliest tokens (`kernels.gpu.likeliest`).
 
 Shapes: stats, best, best_at and maxima as in `kernels.gpu.stream`; totals [rows, 2] float64, log Σ exp of the
 processed laws of target and draft, NaN where there is none; stops [requests] int32, the row whose token comes
@@ -20,111 +17,55 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.gpu.likeliest import record_likeliest
 from kernels.gpu.noise import key_of, philox, uniform64
 from kernels.gpu.stream import FIELDS, FLOOR, NEVER, NOWHERE, SUB
 
-SPLITS = tl.constexpr(128)  # the most ranges a row has
+SPLITS = tl.constexpr(64)  # the most ranges a row has
 ROWS = tl.constexpr(16)  # rows of a request that are merged at once
 
 
 @triton.jit
-def order_of(x: tl.tensor, LOW: tl.constexpr) -> tl.tensor:
-    """Map float32 to integers of the same order, without the `LOW` bits that are alike in all; NaN counts as -inf."""
-    x = tl.where(x == x, tl.where(x == 0.0, 0.0, x), NEVER)
-    bits = x.to(tl.uint32, bitcast=True)
-    return (bits ^ tl.where((bits >> 31) == 1, 0xFFFFFFFF, 0x80000000).to(tl.uint32)) >> LOW
-
-
-@triton.jit
-def pick_largest(keys: tl.tensor, k: tl.tensor, LOW: tl.constexpr) -> tl.tensor:
-    """Return which are the k largest, of equal ones the first, and how many of them come before each.
-
-    Shapes: keys [n] uint32 below 2^(32 - LOW), n < 2^20; results [n] int1 and int32.
-    """
-    least = tl.full((), 0, tl.uint32)
-    for step in tl.static_range((32 - LOW) // 2):
-        unit = tl.full((), 1, tl.uint32) << (30 - LOW - 2 * step)
-        reached = (keys >= least + unit).to(tl.int64)
-        reached += (keys >= least + unit * 2).to(tl.int64) << 20
-        reached += (keys >= least + unit * 3).to(tl.int64) << 40
-        counts = tl.sum(reached, axis=0)
-        least += unit * (
-            (((counts >> 40) & 0xFFFFF) >= k).to(tl.uint32) + (((counts >> 20) & 0xFFFFF) >= k).to(tl.uint32)
-            + ((counts & 0xFFFFF) >= k).to(tl.uint32)
-        )  # fmt: skip
-    more, same = keys > least, (keys == least).to(tl.int32)
-    left = k - tl.sum(more.to(tl.int32), axis=0)
-    taken = more | ((same > 0) & (tl.cumsum(same, axis=0) <= left))
-    return taken, tl.cumsum(taken.to(tl.int32), axis=0) - 1
-
-
-@triton.jit
-def record_likeliest(row: tl.tensor, maxima: tl.tensor, vocab: tl.tensor, total: tl.tensor, ids: tl.tensor,
-                     logprobs: tl.tensor, WIDTH: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr,
-                     LOW: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Write one row's likeliest tokens and their log-probs; return what they leave over.
-
-    `ids` holds in turn the parts, the columns in rising order, and the answer.  Scalars: total float64.
-    """
-    parts, width = tl.arange(0, WIDTH), tl.cdiv(vocab, SUB)
-    highest = tl.load(maxima + parts, mask=parts < width, other=NEVER).to(tl.float32)
-    few = tl.minimum(width, K)
-    taken, place = pick_largest(tl.where(parts < width, order_of(highest, LOW), 0), few, LOW)
-    tl.store(ids + place, parts, mask=taken)
-    tl.debug_barrier()
-    slots = tl.arange(0, PADDED)
-    columns = tl.load(ids + slots, mask=slots < few, other=0)[:, None] * SUB + tl.arange(0, SUB)[None, :]
-    real = (slots < few)[:, None] & (columns < vocab)
-    keys = order_of(tl.load(row + columns, mask=real, other=NEVER).to(tl.float32), LOW)
-    keys = tl.reshape(tl.where(real, keys, 0), [PADDED * SUB])
-    taken, place = pick_largest(keys, K, LOW)
-    tl.debug_barrier()
-    tl.store(ids + place, tl.reshape(columns, [PADDED * SUB]), mask=taken)
-    tl.debug_barrier()
-    column = tl.load(ids + slots, mask=slots < K, other=0)
-    x = tl.load(row + column, mask=slots < K, other=NEVER).to(tl.float32)
-    keys = tl.where(slots < K, order_of(x, LOW), 0)
-    ahead = keys[None, :] > keys[:, None]
-    ahead = ahead | ((keys[None, :] == keys[:, None]) & (slots[None, :] < slots[:, None]))
-    rank = tl.sum(ahead.to(tl.int32), axis=1)
-    logprob = tl.where(total == total, x.to(tl.float64) - total, NEVER).to(tl.float32)
-    tl.debug_barrier()
-    tl.store(ids + rank, column, mask=slots < K)
-    tl.store(logprobs + rank, logprob.to(tl.float16), mask=slots < K)
-    return tl.maximum(1.0 - tl.sum(tl.where(slots < K, tl.exp(logprob), 0.0), axis=0), 0.0)
-
-
-@triton.jit
-def log_total(peaks: tl.tensor, masses: tl.tensor, splits: tl.tensor, inverse: tl.tensor) -> tl.tensor:
+def log_total(peaks: tl.tensor, masses: tl.tensor, splits: tl.tensor, inverse: tl.tensor,
+              real: tl.tensor) -> tl.tensor:  # fmt: skip
     """Return log Σ exp of rows, from the largest logits and the masses of their ranges; NaN where there is none.
 
-    Shapes: peaks and masses pointers to the first range, [n, 1] or [1]; inverse one over the temperature, alike;
-    result float64, of what the last axis leaves.
+    Shapes: peaks and masses [n] pointers to a row's first range; inverse [n] one over the temperature; result [n]
+    float64.
     """
-    at = tl.arange(0, SPLITS)
-    if len(peaks.shape) == 2:
-        at = at[None, :]
-    peak = tl.load(peaks + at, mask=at < splits, other=FLOOR)
-    mass = tl.load(masses + at, mask=at < splits, other=0.0)
-    top = tl.max(peak, axis=-1, keep_dims=True)
-    parts = mass.to(tl.float64) * tl.exp((peak - top) * inverse).to(tl.float64)
-    mass = tl.sum(parts, axis=-1)
-    scaled = tl.sum(top.to(tl.float64) * inverse.to(tl.float64), axis=-1)
-    return tl.where(mass > 0, scaled + tl.log(tl.where(mass > 0, mass, 1.0)), float("nan"))
+    at = tl.arange(0, SPLITS)[None, :]
+    held = real[:, None] & (at < splits)
+    peak = tl.load(peaks[:, None] + at, mask=held, other=FLOOR)
+    mass = tl.load(masses[:, None] + at, mask=held, other=0.0)
+    top = tl.max(peak, axis=1)
+    parts = mass.to(tl.float64) * tl.exp((peak - top[:, None]) * inverse[:, None]).to(tl.float64)
+    mass = tl.sum(parts, axis=1)
+    total = top.to(tl.float64) * inverse.to(tl.float64) + tl.log(tl.where(mass > 0, mass, 1.0))
+    return tl.where(mass > 0, total, float("nan"))
 
 
 @triton.jit
-def best_of(best: tl.tensor, best_at: tl.tensor, splits: tl.tensor) -> tl.tensor:
+def best_of(best: tl.tensor, best_at: tl.tensor, splits: tl.tensor, real: tl.tensor) -> tl.tensor:
     """Return the column of the best score of rows' ranges, of equal ones the first.
 
-    Shapes: pointers to the first range, [n, 1] or [1]; result int32, of what the last axis leaves.
+    Shapes: best and best_at [n] pointers to a row's first range; result [n] int32.
     """
-    at = tl.arange(0, SPLITS)
-    if len(best.shape) == 2:
-        at = at[None, :]
-    score = tl.load(best + at, mask=at < splits, other=NEVER)
-    column = tl.load(best_at + at, mask=at < splits, other=NOWHERE)
-    return tl.min(tl.where(score == tl.max(score, axis=-1, keep_dims=True), column, NOWHERE), axis=-1)
+    at = tl.arange(0, SPLITS)[None, :]
+    held = real[:, None] & (at < splits)
+    score = tl.load(best[:, None] + at, mask=held, other=NEVER)
+    column = tl.load(best_at[:, None] + at, mask=held, other=NOWHERE)
+    return tl.min(tl.where(score == tl.max(score, axis=1)[:, None], column, NOWHERE), axis=1)
+
+
+@triton.jit
+def heard(stats: tl.tensor, best: tl.tensor, best_at: tl.tensor, rows: tl.tensor, splits: tl.tensor,
+          real: tl.tensor) -> tl.tensor:  # fmt: skip
+    """Return what rows say and their raw log Σ exp: column 0 and NaN where a row is not finite.  Shapes: [n]."""
+    wide = rows.to(tl.int64)
+    own = stats + wide * FIELDS * splits
+    total = log_total(own, own + splits, splits, tl.full(rows.shape, 1.0, tl.float32), real)
+    column = best_of(best + wide * splits, best_at + wide * splits, splits, real)
+    return tl.where((total == total) & (column != NOWHERE), column, 0), total
 
 
 @triton.jit
@@ -143,13 +84,142 @@ def lucky_rows(logits: tl.tensor, draft: tl.tensor, borders: tl.tensor, draft_bo
                column: tl.tensor, temperature: tl.tensor, splits: tl.tensor, real: tl.tensor,
                ACCEPT: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Say of which rows u q(x) < p(x) holds for the drafted token x.  Shapes: all [ROWS]."""
-    inverse = (1.0 / temperature)[:, None]
-    own = (stats + rows.to(tl.int64) * FIELDS * splits)[:, None]
-    target = log_total(own, own + 2 * splits, splits, inverse)
-    ours = log_total(own + 3 * splits, own + 4 * splits, splits, inverse)
+    inverse = 1.0 / temperature
+    own = stats + rows.to(tl.int64) * FIELDS * splits
+    target = log_total(own, own + 2 * splits, splits, inverse, real)
+    ours = log_total(own + 3 * splits, own + 4 * splits, splits, inverse, real)
     p = chance(logits, borders, rows, stride, column, temperature, target, real)
     q = chance(draft, draft_borders, rows, draft_stride, column, temperature, ours, real)
     k0, k1 = key_of(tl.load(seeds + rows, mask=real, other=0))
     position = (tl.load(positions + rows, mask=real, other=0) & 0xFFFFFFFF).to(tl.uint32)
     word, _, _, _ = philox(tl.zeros_like(position), position, k0, k1, ACCEPT)
     return uniform64(word) * q < p
+
+
+@triton.jit
+def judge_request(
+    logits: tl.tensor, draft: tl.tensor, temperatures: tl.tensor, seeds: tl.tensor, positions: tl.tensor,
+    borders: tl.tensor, draft_borders: tl.tensor, starts: tl.tensor, drafted: tl.tensor, stats: tl.tensor,
+    best: tl.tensor, best_at: tl.tensor, accepted: tl.tensor, tokens: tl.tensor, finite: tl.tensor, stops: tl.tensor,
+    again: tl.tensor, stride: tl.tensor, draft_stride: tl.tensor, vocab: tl.tensor, splits: tl.tensor,
+    request: tl.tensor, ACCEPT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Walk one request's rows and write its verdict; ACCEPT is None where a draft is kept while it is what is said."""
+    first, end = tl.load(starts + request), tl.load(starts + request + 1)
+    stop, token, redraw, whole = end - 1, first * 0 - 1, first * 0, first * 0 + 1
+    at = first
+    while at < end:
+        rows = at + tl.arange(0, ROWS)
+        real = rows < end
+        said, total = heard(stats, best, best_at, rows, splits, real)
+        draft_id = tl.load(drafted + rows, mask=real, other=-1)
+        judged = (rows < end - 1) & (draft_id >= 0) & (draft_id < vocab)
+        kept = judged & (draft_id == said)
+        renew = kept & (draft_id < 0)
+        if ACCEPT is not None:
+            temperature = tl.load(temperatures + rows, mask=real, other=0.0)
+            sampled = judged & (temperature > 0)
+            lucky = lucky_rows(
+                logits, draft, borders, draft_borders, seeds, positions, stats, rows, stride, draft_stride, draft_id,
+                tl.where(sampled, temperature, 1.0), splits, sampled, ACCEPT,
+            )  # fmt: skip
+            kept = tl.where(sampled, lucky, kept)
+            renew = sampled & (total == total)
+        halt = tl.min(tl.where(real & ~kept, rows, end), axis=0)
+        here = (rows == halt) & (stop >= halt)
+        stop = tl.minimum(stop, halt)
+        token = tl.maximum(token, tl.max(tl.where(here & (rows == stop), said, -1), axis=0))
+        redraw = tl.maximum(redraw, tl.max((here & (rows == stop) & renew).to(tl.int32), axis=0))
+        whole = tl.minimum(whole, tl.min(tl.where(real, (total == total).to(tl.int32), 1), axis=0))
+        at += ROWS
+    tl.store(accepted + request, tl.maximum(stop - first, 0))
+    tl.store(tokens + request, token.to(tl.int64))
+    tl.store(finite + request, (whole > 0).to(tl.int8))
+    if stops is not None:
+        tl.store(stops + request, stop)
+        tl.store(again + request, redraw)
+
+
+@triton.jit
+def record_row(
+    logits: tl.tensor, temperatures: tl.tensor, drafted: tl.tensor, starts: tl.tensor, stats: tl.tensor,
+    best: tl.tensor, best_at: tl.tensor, maxima: tl.tensor, said_out: tl.tensor, logprobs: tl.tensor, ids: tl.tensor,
+    topk_logprobs: tl.tensor, tails: tl.tensor, residual: tl.tensor, totals: tl.tensor, stride: tl.tensor,
+    vocab: tl.tensor, splits: tl.tensor, requests: tl.tensor, row: tl.tensor, WIDTH: tl.constexpr, K: tl.constexpr,
+    PADDED: tl.constexpr, LOW: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Write what one row says and its records."""
+    own = logits + row.to(tl.int64) * stride
+    one = row + tl.zeros([1], tl.int32)
+    real = one < tl.load(starts + requests)
+    said, total = heard(stats, best, best_at, one, splits, real)
+    draft_id = tl.load(drafted + one, mask=real, other=-1)
+    judged = (draft_id >= 0) & (draft_id < vocab)
+    x = tl.load(own + tl.where(judged, draft_id, said), mask=real, other=NEVER).to(tl.float32)
+    named = tl.where(total == total, x.to(tl.float64) - total, NEVER).to(tl.float32)
+    tl.store(said_out + one, tl.where(real, said, -1).to(tl.int64))
+    tl.store(logprobs + one, tl.where(real, named, 0.0))
+    temperature = tl.load(temperatures + one)
+    if residual is not None:
+        tl.store(residual + one, (real & judged & (temperature <= 0) & (draft_id != said)).to(tl.float32))
+    if totals is not None:
+        sampled = real & judged & (temperature > 0)
+        part = stats + one.to(tl.int64) * FIELDS * splits
+        inverse = 1.0 / tl.where(sampled, temperature, 1.0)
+        tl.store(totals + 2 * one, log_total(part, part + 2 * splits, splits, inverse, sampled))
+        tl.store(totals + 2 * one + 1, log_total(part + 3 * splits, part + 4 * splits, splits, inverse, sampled))
+    tail = tl.full((), 1.0, tl.float32)
+    if K > 0:
+        if row < tl.load(starts + requests):
+            tail = record_likeliest(
+                own, maxima + row.to(tl.int64) * tl.cdiv(vocab, SUB), vocab, tl.sum(total, axis=0), ids + row * K,
+                topk_logprobs + row * K, WIDTH, K, PADDED, LOW,
+            )  # fmt: skip
+        else:
+            slots = tl.arange(0, PADDED)
+            tl.store(ids + row * K + slots, slots, mask=slots < K)
+            tl.store(topk_logprobs + row * K + slots, tl.full([PADDED], NEVER, tl.float16), mask=slots < K)
+    tl.store(tails + row, tail)
+
+
+@triton.jit(do_not_specialize=["requests", "splits"])
+def verdicts(
+    logits: tl.tensor, draft: tl.tensor, temperatures: tl.tensor, seeds: tl.tensor, positions: tl.tensor,
+    borders: tl.tensor, draft_borders: tl.tensor, starts: tl.tensor, drafted: tl.tensor, stats: tl.tensor,
+    best: tl.tensor, best_at: tl.tensor, maxima: tl.tensor, accepted: tl.tensor, tokens: tl.tensor,
+    finite: tl.tensor, said: tl.tensor, logprobs: tl.tensor, ids: tl.tensor, topk_logprobs: tl.tensor,
+    tails: tl.tensor, residual: tl.tensor, totals: tl.tensor, stops: tl.tensor, again: tl.tensor,
+    stride: tl.tensor, draft_stride: tl.tensor, vocab: tl.tensor, requests: tl.tensor, splits: tl.tensor,
+    ACCEPT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, LOW: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Judge one request, or record one row."""
+    program = tl.program_id(0)
+    if program < requests:
+        judge_request(
+            logits, draft, temperatures, seeds, positions, borders, draft_borders, starts, drafted, stats, best,
+            best_at, accepted, tokens, finite, stops, again, stride, draft_stride, vocab, splits, program, ACCEPT,
+        )  # fmt: skip
+    else:
+        record_row(
+            logits, temperatures, drafted, starts, stats, best, best_at, maxima, said, logprobs, ids, topk_logprobs,
+            tails, residual, totals, stride, vocab, splits, requests, program - requests, WIDTH, K, PADDED, LOW,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits"])
+def draws(
+    logits: tl.tensor, token_ids: tl.tensor, stats: tl.tensor, best: tl.tensor, best_at: tl.tensor,
+    tokens: tl.tensor, columns: tl.tensor, logprobs: tl.tensor, finite: tl.tensor, stride: tl.tensor,
+    splits: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """Put the ranges of one row together."""
+    row = tl.program_id(0) + tl.zeros([1], tl.int32)
+    column, total = heard(stats, best, best_at, row, splits, row >= 0)
+    token = column.to(tl.int64)
+    if token_ids is not None:
+        token = tl.load(token_ids + column)
+    x = tl.load(logits + row.to(tl.int64) * stride + column).to(tl.float32)
+    tl.store(tokens + row, token)
+    tl.store(columns + row, column.to(tl.int64))
+    tl.store(logprobs + row, tl.where(total == total, x.to(tl.float64) - total, NEVER).to(tl.float32))
+    tl.store(finite + row, (total == total).to(tl.int8))

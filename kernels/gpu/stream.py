@@ -30,6 +30,7 @@ SHARE = tl.constexpr(2e-6)  # and this share of the score
 SUB = tl.constexpr(128)  # columns a stored maximum stands for
 FLOOR = tl.constexpr(-1e38)  # below every logit and score but -inf, and still a number to reckon with
 FIELDS = tl.constexpr(5)  # largest, mass, processed mass; draft's largest, draft's processed mass
+PIECE = tl.constexpr(512)  # columns that are scored at once; a block is a whole number of them
 NEVER = tl.constexpr(float("-inf"))
 NOWHERE = tl.constexpr(0x7FFFFFFF)
 
@@ -84,23 +85,50 @@ def settle_block(scores: tl.tensor, first: tl.tensor, row: tl.tensor, token_ids:
 
 
 @triton.jit
-def challenge(x: tl.tensor, top: tl.tensor, first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor, temperature: tl.tensor, border: tl.tensor,
-              position: tl.tensor, k0: tl.tensor, k1: tl.tensor, best: tl.tensor, at: tl.tensor, PURPOSE: tl.constexpr,
-              BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Return the best score and its column after one more block.  Shapes: x [BLOCK] float32, `top` its largest."""
+def reached_by(x: tl.tensor, largest: tl.tensor, inverse: tl.tensor, border: tl.tensor, best: tl.tensor,
+               BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Say whether any column of a block may reach the best.  Shapes: x [BLOCK]; largest word of each, or of four."""
+    near = x
+    if largest.shape[0] != BLOCK:
+        near = tl.max(tl.reshape(x, [BLOCK // 4, 4]), axis=1)
+    reach = best.to(tl.float32) - margin_of(best)
+    possible = (misses(largest) <= tl.exp(tl.minimum(near * inverse - reach, 1.0))) & (near >= border)
+    return tl.max(possible.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def look_closely(first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor, temperature: tl.tensor,
+                 border: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor, best: tl.tensor, at: tl.tensor,
+                 PURPOSE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Go through a block in small pieces, which takes few registers, and score those that may hold the best."""
+    inverse = 1.0 / temperature
+    piece = first
+    while piece < tl.minimum(first + BLOCK, vocab):
+        columns = piece + tl.arange(0, PIECE)
+        x = tl.load(row + columns, mask=columns < vocab, other=NEVER).to(tl.float32)
+        words, largest = words_of(piece, token_ids, vocab, position, k0, k1, PURPOSE, PIECE)
+        if reached_by(x, largest, inverse, border, best, PIECE):
+            scores = tl.where((x >= border) & (x == x), tl.div_rn(x, temperature) + gumbel32(words), NEVER)
+            best, at = settle_block(
+                scores, piece, row, token_ids, vocab, temperature, position, k0, k1, best, at, PURPOSE, PIECE
+            )
+        piece += PIECE
+    return best, at
+
+
+@triton.jit
+def challenge(x: tl.tensor, first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor,
+              temperature: tl.tensor, border: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor,
+              best: tl.tensor, at: tl.tensor, PURPOSE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Return the best score and its column after one more block.  Shapes: x [BLOCK] float32."""
+    top = tl.max(x, axis=0)
     if temperature > 0:
         inverse = 1.0 / temperature
-        reach = best.to(tl.float32) - margin_of(best)
-        if (top >= border) & (top * inverse + MAX_GUMBEL >= reach):
-            words, largest = words_of(first, token_ids, vocab, position, k0, k1, PURPOSE, BLOCK)
-            near = x
-            if token_ids is None:
-                near = tl.max(tl.reshape(x, [BLOCK // 4, 4]), axis=1)
-            possible = (misses(largest) <= tl.exp(tl.minimum(near * inverse - reach, 1.0))) & (near >= border)
-            if tl.max(possible.to(tl.int32), axis=0) > 0:
-                scores = tl.where((x >= border) & (x == x), tl.div_rn(x, temperature) + gumbel32(words), NEVER)
-                best, at = settle_block(
-                    scores, first, row, token_ids, vocab, temperature, position, k0, k1, best, at, PURPOSE, BLOCK
+        if (top >= border) & (top * inverse + MAX_GUMBEL >= best.to(tl.float32) - margin_of(best)):
+            _, largest = words_of(first, token_ids, vocab, position, k0, k1, PURPOSE, BLOCK)
+            if reached_by(x, largest, inverse, border, best, BLOCK):
+                best, at = look_closely(
+                    first, row, token_ids, vocab, temperature, border, position, k0, k1, best, at, PURPOSE, BLOCK
                 )
     else:
         if top > best:
@@ -190,7 +218,7 @@ def stream(
             width = tl.cdiv(vocab, SUB)
             tl.store(maxima + row * width + place, largest.to(maxima.dtype.element_ty), mask=place < width)
         best, at = challenge(
-            x, tl.max(x, axis=0), block * BLOCK, own, token_ids, vocab, temperature, border, position, k0, k1,
+            x, block * BLOCK, own, token_ids, vocab, temperature, border, position, k0, k1,
             best, at, PURPOSE, BLOCK,
         )  # fmt: skip
         block += 1

@@ -32,7 +32,7 @@ from serving.engine.control.base import Controller
 from serving.engine.control.cost_model import CostModel
 from serving.engine.control.fixed import FixedGamma
 from serving.engine.control.timing import cost_table
-from serving.engine.device.build import choose_device, device_rounds, positions_of
+from serving.engine.device.build import choose_device, device_rounds, positions_of, timers_of
 from serving.engine.draft_vocab import DraftVocab, open_vocabulary
 from serving.engine.engine import Engine
 from serving.engine.fitness import check_config, check_forward, generic_logits
@@ -122,7 +122,7 @@ def build_engine(settings: Settings, pair: Pair, database: Database, *, programs
     host = HostRounds(runner, proposers, coupling=coupling)
     rounds: Rounds = device_rounds(settings.engine, host, runner, proposers) if programs else host
     engine = Engine(
-        runner, proposers, scheduler, _controller(settings, pair, runner, proposers),
+        runner, proposers, scheduler, _controller(settings, pair, runner, proposers, rounds),
         Recorder(publisher, settings.log, target_fingerprint=pair.target_fingerprint, coupling=coupling), rounds,
         lookahead=settings.engine.gamma_max + 1, hotswap=hotswap,
     )  # fmt: skip
@@ -156,14 +156,17 @@ def _say_served(facts: Facts, pair: Pair) -> None:
     facts.drop(STARTING)
 
 
-def _controller(settings: Settings, pair: Pair, target: ModelRunner, proposers: Proposers) -> Controller:
+def _controller(
+    settings: Settings, pair: Pair, target: ModelRunner, proposers: Proposers, rounds: Rounds
+) -> Controller:  # fmt: skip
     """Build what chooses draft lengths; an adaptive one times the pair first, unless it was timed before."""
     engine = settings.engine
     if engine.controller == "fixed" or not proposers.members or not engine.gamma_max:
         order = (DraftProposer.name,) if proposers.draft else tuple(proposers.members)
         return FixedGamma(min(engine.gamma, engine.gamma_max), order if engine.gamma_max else ())
     proposers.follow()
-    table = cost_table(settings, pair, target, proposers.draft.runner if proposers.draft else None)
+    draft = proposers.draft.runner if proposers.draft else None
+    table = cost_table(settings, pair, target, draft, timers_of(rounds, draft))
     return adaptive(
         CostModel(table), gamma_max=engine.gamma_max, hysteresis=engine.hysteresis,
         switchback_share=engine.switchback_share, explore_share=engine.explore_share,

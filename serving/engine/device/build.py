@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from adapter.contracts import SettingsError
 from adapter.logs import get_logger
+from serving.engine.control.measuring import Timers
 from serving.engine.device.models import DeviceModels
 from serving.engine.device.rounds import DeviceRounds, Sizes
+from serving.engine.device.timing import DeviceTimer
 from serving.engine.host_rounds import HostRounds
 from serving.engine.proposers.collection import Proposers
+from serving.engine.rounds import Rounds
 from serving.engine.runner import ModelRunner
-
-if TYPE_CHECKING:
-    from adapter.settings import EngineSettings
 
 log = get_logger(__name__)
 
@@ -49,23 +49,61 @@ def _no_gpu() -> str | None:
     return None
 
 
-def positions_of(engine: EngineSettings) -> int:
+class EngineShape(Protocol):
+    """The settings of section `engine` that fix shapes here."""
+
+    @property
+    def max_batch(self) -> int:
+        """Requests at once."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of one request."""
+
+    @property
+    def gamma_max(self) -> int:
+        """The longest draft."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one block."""
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens a step."""
+
+
+def positions_of(engine: EngineShape) -> int:
     """Return how many positions a token can be at, those of rounds under way included."""
     return engine.max_model_len + _IN_FLIGHT * (engine.gamma_max + 1)
 
 
 def device_rounds(
-    engine: EngineSettings, host: HostRounds, target: ModelRunner, proposers: Proposers
+    engine: EngineShape, host: HostRounds, target: ModelRunner, proposers: Proposers, *, synthetic: float | None = None
 ) -> DeviceRounds | HostRounds:
     """Put together the rounds of an engine whose models lie on a device.
 
     Drafters that read the target's hidden states need the host between two rounds: with one of these all
-    rounds stay with `host`.
+    rounds stay with `host`.  `synthetic` is for benchmarks: drafted tokens are accepted with that chance.
     """
     if proposers.want_hidden_states:
         return host
     models = DeviceModels(target, proposers.draft, positions_of(engine))
     sizes = Sizes(engine.max_batch, positions_of(engine), engine.block_tokens, int(target.model.config.vocab_size))
     return DeviceRounds(
-        host, target, proposers.draft, models, sizes, coupling=host.coupling, catch_up_tokens=engine.prefill_tokens
-    )
+        host, target, proposers.draft, models, sizes, coupling=host.coupling, catch_up_tokens=engine.prefill_tokens,
+        synthetic=synthetic,
+    )  # fmt: skip
+
+
+def timers_of(rounds: Rounds, draft: ModelRunner | None) -> Timers | None:
+    """Return what times rounds where they are computed; None where the host computes them."""
+    if not isinstance(rounds, DeviceRounds):
+        return None
+    sizes, models = rounds.sizes, rounds.models
+    models.follow()
+    device = DeviceTimer(
+        models, most_requests=sizes.max_batch, width=sizes.table_width, block_tokens=sizes.block_tokens,
+        num_blocks=rounds.num_blocks, vocab=sizes.vocab,
+    )  # fmt: skip
+    return device.timers(draft)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
 
 from serving.engine.device.graphs import Fetch, Mark
@@ -15,8 +18,9 @@ from serving.engine.sequence import Sequence
 class FlightOnDevice:
     """A step under way; `requests` and what belongs to them are in the order of the device's batch."""
 
-    def __init__(self, ask: Ask, device: torch.device) -> None:
+    def __init__(self, ask: Ask, device: torch.device, waited: Callable[[float], None]) -> None:
         self.ask = ask
+        self._waited = waited  # hears, in seconds, how long the host stood still for this step
         self.begun, self.drafted, self.verified = Mark(device), Mark(device), Mark(device)
         self.requests: list[Sequence] = []
         self.gammas: list[int] = []
@@ -36,7 +40,10 @@ class FlightOnDevice:
         other = self.elsewhere
         if self.fetch is None or self.sent is None:
             return other
-        landing = self.sent.unpack(self.fetch.wait())
+        begin = time.perf_counter()
+        arrived = self.fetch.wait()
+        self._waited(time.perf_counter() - begin)
+        landing = self.sent.unpack(arrived)
         rounds = {id(item.request): item for item in other.rounds}
         for row, request in enumerate(self.requests):
             rounds[id(request)] = self._round(landing, row, request)

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from kernels import dispatch
-from kernels.noise import Purpose
+from kernels.noise import Purpose, uniform
 from kernels.sampling import RowParams
 from serving.engine.device.llama import DeviceLlama, Places
 from serving.engine.device.wire import TABLE, Received, Sent, receive
@@ -75,11 +75,13 @@ class Round:
         vocab: width of the target's logits.
         top_k: tokens recorded a position; 0 none.
         maximal: use the maximal coupling.
+        synthetic: accept drafted tokens with this chance instead of asking the models; for benchmarks.
     """
 
     def __init__(
         self, target: Model, draft: Model | None, known: Known, *,
         batch: int, gamma: int, width: int, block_tokens: int, vocab: int, top_k: int, maximal: bool,
+        synthetic: float | None = None,
     ) -> None:  # fmt: skip
         device = known.length.device
         self.sent = Sent(gamma, top_k)
@@ -88,6 +90,7 @@ class Round:
         self._target, self._draft, self._known = target, draft, known
         self._batch, self._gamma, self._block_tokens = batch, gamma, block_tokens
         self._top_k, self._maximal, self._vocab = top_k, maximal, vocab
+        self._synthetic = synthetic
         self._drafts = torch.zeros(batch, gamma, dtype=torch.long, device=device)
         self._logprobs = torch.zeros(batch, gamma, dtype=torch.float32, device=device)
         self._laws: torch.Tensor | None = None  # the draft's logits, a row for each of the target's
@@ -154,7 +157,7 @@ class Round:
             borders=dispatch.cut_borders(logits, params), draft_logits=laws,
             draft_borders=None if laws is None else dispatch.cut_borders(laws, params), top_k=self._top_k,
         )  # fmt: skip
-        accepted = verdicts.accepted.long()
+        accepted = verdicts.accepted.long() if self._synthetic is None else self._drawn_lots(got)
         before = tokens.gather(1, accepted[:, None])
         self._known.length[got.slot] = got.length + accepted + 1
         self._known.last[got.slot] = torch.cat((before, verdicts.tokens[:, None]), dim=1)
@@ -164,6 +167,15 @@ class Round:
                 verdicts.topk_logprobs,
             )
         )  # fmt: skip
+
+    def _drawn_lots(self, got: Received) -> torch.Tensor:
+        """Accept each drafted token with a fixed chance; what follows is whatever the target said last."""
+        rows = self._gamma + 1
+        params = _params(got, got.length, rows)
+        lots = uniform(params.seeds, params.positions, Purpose.ACCEPT).view(self._batch, rows)
+        number = torch.arange(rows, device=lots.device)
+        kept = (lots < self._synthetic) & (number < got.gamma[:, None]) & (number < self._gamma)
+        return kept.long().cumprod(dim=1).sum(dim=1)
 
     # -- shared ------------------------------------------------------------------------------
 

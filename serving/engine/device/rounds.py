@@ -79,19 +79,23 @@ class DeviceRounds:
         host: runs what cannot run here, on the same caches.
         proposer: the draft model's, None where there is none.
         catch_up_tokens: most tokens of backlogs that draft models read in a step.
+        synthetic: chance with which drafted tokens are accepted whatever the models say, for benchmarks of speed
+            on models that say nothing; None asks the models.
     """
 
     def __init__(
         self, host: HostRounds, target: ModelRunner, proposer: DraftProposer | None, models: DeviceModels, sizes: Sizes,
-        *, coupling: str, catch_up_tokens: int,
+        *, coupling: str, catch_up_tokens: int, synthetic: float | None = None,
     ) -> None:  # fmt: skip
         self.coupling = coupling
         self._host = host
         self._target = target
         self._proposer = proposer
-        self._models = models
-        self._sizes = sizes
+        self.models = models
+        self.sizes = sizes
         self._catch_up_tokens = catch_up_tokens
+        self._synthetic = synthetic
+        self.waited_s = 0.0  # for steps to land
         self._buckets = buckets(sizes.max_batch)
         device = models.device
         self._device = device
@@ -117,7 +121,7 @@ class DeviceRounds:
         choices = dict(zip((id(item) for item in ask.ready), ask.choices, strict=True))
         here = [plan for plan in ask.plans if plan.ready and self._here(plan.sequence, choices[id(plan.sequence)])]
         mine = {id(plan.sequence) for plan in here}
-        flight = FlightOnDevice(ask, self._device)
+        flight = FlightOnDevice(ask, self._device, self._note_wait)
         flight.begun.set()
         self._begun = {}
         self._read_prompts([plan for plan in here if plan.num_new > 1])
@@ -136,6 +140,14 @@ class DeviceRounds:
         self._samplings.pop(request.request_id, None)
         if slot is not None:
             self._free.append(slot)
+
+    def _note_wait(self, seconds: float) -> None:
+        self.waited_s += seconds
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the caches have."""
+        return len(self._target.pool.keys[0])
 
     # -- what can run here -------------------------------------------------------------------
 
@@ -166,7 +178,7 @@ class DeviceRounds:
         self, flight: FlightOnDevice, requests: list[Sequence], choices: list[Choice], ahead: frozenset[str], top_k: int
     ) -> None:
         """Send the batch's input and begin both halves of its round."""
-        self._models.follow()
+        self.models.follow()
         gammas = [choice.gamma for choice in choices]
         if self._proposer is not None:
             reads, gammas = self._catch_up(requests, gammas, ahead)
@@ -203,24 +215,25 @@ class DeviceRounds:
             count = min(missing, left)
             left -= count
             if count:
-                work.append(self._models.backlog(request, count))
+                work.append(self.models.backlog(request, count))
             if count < missing:
                 gammas[i] = 0
         if not work:
             return [], gammas
-        self._models.read_with_draft(work)
+        self.models.read_with_draft(work)
         return [sum(len(item.token_ids) for item in work)], gammas
 
     def _program(self, batch: int, gamma: int, top_k: int) -> _Program:
         """Return the program of a batch of this size, made where it was never needed before."""
         size = next(item for item in self._buckets if item >= batch)
-        trimmed = self._models.trimmed
+        trimmed = self.models.trimmed
         key = (size, gamma, top_k, trimmed)
         if key not in self._programs:
-            sizes = self._sizes
+            sizes = self.sizes
             made = Round(
-                self._models.target, self._models.draft, self._known, batch=size, gamma=gamma, width=sizes.table_width,
+                self.models.target, self.models.draft, self._known, batch=size, gamma=gamma, width=sizes.table_width,
                 block_tokens=sizes.block_tokens, vocab=sizes.vocab, top_k=top_k, maximal=self.coupling == "maximal",
+                synthetic=self._synthetic,
             )  # fmt: skip
             made.input[:, [FRESH, LENGTH, SLOT]] = torch.tensor([1, CATCH_UP, sizes.max_batch], dtype=torch.int32).to(
                 self._device
@@ -235,13 +248,13 @@ class DeviceRounds:
         out[:size, :] = 0
         out[len(requests) : size, FRESH] = 1
         out[len(requests) : size, LENGTH] = CATCH_UP
-        out[len(requests) : size, SLOT] = self._sizes.max_batch
+        out[len(requests) : size, SLOT] = self.sizes.max_batch
         for row, request, gamma in zip(out, requests, gammas, strict=False):
             tokens, table = request.tokens, request.block_table
             row[FRESH] = request.request_id not in ahead
             row[LENGTH] = len(tokens)
             row[BEFORE_LAST], row[LAST] = tokens[-2], tokens[-1]
-            row[CAPACITY] = len(table) * self._sizes.block_tokens
+            row[CAPACITY] = len(table) * self.sizes.block_tokens
             row[GAMMA] = gamma
             row[SLOT] = self._slot(request, requests)
             row[TOP_K:TABLE] = self._sampling(request)

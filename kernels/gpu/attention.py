@@ -1,0 +1,359 @@
+"""Attention over a paged cache for a ragged batch: decoding, verifying drafts and prefill chunks together.
+
+    result = softmax(scaling * q kᵀ, masked to what a query may see) v
+
+Shapes: query [tokens, heads, dim]; keys and values [blocks, block_tokens, kv_heads, dim], all float32, float16 or
+bfloat16; tables [requests, width]; starts [requests + 1]; lengths [requests].  Lengths are read on the device; grids
+and buffers depend on shapes and `max_query` alone, so a launch can be captured in a CUDA graph.
+
+A program takes one key head of one request and packs all its query tokens times the heads that share that key into
+one tile, so short requests read their cache once.  Where there are few programs, each request's cache is cut into
+splits of equal length, and a second kernel adds them up.  Where `max_query` needs more than one tile, requests that
+fit into a small one are one launch, and the others, cut into tiles of queries, are another.
+
+Slots beyond a request's length are never read.  The bits of a request's result depend on its own queries and cache,
+the number of splits and the size of the tile, and on nothing else; the number of splits follows from the number of
+requests or tokens, `kv_heads` and the width of the tables, the size of the tile from `max_query`.
+Sources: Milakov and Gimelshein, arXiv 1805.02867 (online softmax); Dao, arXiv 2307.08691; the pages, arXiv 2309.06180.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.gpu.aot import Case
+
+MAX_SPLITS = 32
+_PROGRAMS = 2 * 132  # two for each of an H100's multiprocessors
+_MIN_SPLIT = 256  # tokens; shorter splits cost more to add up than they save
+_ONE_TILE = 128  # rows up to which all queries of a request share a tile
+_SMALL_TILE = 64  # rows of the tile for short requests when there are long ones too
+_LONG_TILE = 128
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _locate(tile, starts, requests, Q_TILE: tl.constexpr, TILED: tl.constexpr):
+    """Return a tile's request and its first query there.  Request i has the tiles from starts[i] // Q_TILE + i on."""
+    request, offset = tile, 0
+    if TILED:
+        low, high = tile * 0, requests
+        while high - low > 1:
+            middle = (low + high) // 2
+            if tl.load(starts + middle) // Q_TILE + middle <= tile:
+                low = middle
+            else:
+                high = middle
+        request, offset = low, (tile - tl.load(starts + low) // Q_TILE - low) * Q_TILE
+    return request, offset
+
+
+@triton.jit
+def _share(length, splits, TILE_N: tl.constexpr):
+    """Return how many tokens each split of a request takes: whole tiles, as even as that allows."""
+    return tl.cdiv(tl.cdiv(length, TILE_N), splits) * TILE_N
+
+
+@triton.jit
+def _attend_tile(
+    q, keys, values, table, at, high, sees, best, total, acc, scaling, kv_head, column, inside,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE_N: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of keys and values to the running maximum, sum of weights and weighted sum of each row."""
+    position = at + tl.arange(0, TILE_N)
+    cached = position < high
+    block = tl.load(table + position // BLOCK_TOKENS, mask=cached, other=0).to(tl.int64)
+    place = ((block * BLOCK_TOKENS + position % BLOCK_TOKENS) * KV_HEADS + kv_head) * DIM
+    there = cached[:, None] & inside[None, :]
+    k = tl.load(keys + place[:, None] + column[None, :], mask=there, other=0.0)
+    v = tl.load(values + place[:, None] + column[None, :], mask=there, other=0.0)
+    if INTERPRETED:
+        k, v = k.to(tl.float32), v.to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scaling
+    scores = tl.where((position[None, :] <= sees[:, None]) & cached[None, :], scores, float("-inf"))
+    top = tl.maximum(best, tl.max(scores, axis=1))
+    shift = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing yet
+    p = tl.exp2(scores - shift[:, None])
+    fade = tl.exp2(best - shift)
+    total = total * fade + tl.sum(p, axis=1)
+    acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
+    return top, total, acc
+
+
+@triton.jit(do_not_specialize=["requests", "width", "splits"])
+def _attend(
+    query, keys, values, tables, starts, lengths, out, sums, weights, scaling, requests, width, splits,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, TILE_N: tl.constexpr, LEAST: tl.constexpr,
+    TILED: tl.constexpr, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    q_tile: tl.constexpr = BLOCK_M // GROUP
+    tile, kv_head, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
+    request, offset = _locate(tile, starts, requests, q_tile, TILED)
+    begin = tl.load(starts + request)
+    count = tl.load(starts + request + 1) - begin
+    mine = (count >= LEAST) & (offset < count)
+    if not TILED:
+        mine = mine & (count <= q_tile)
+    if mine:
+        length = tl.minimum(tl.load(lengths + request), width * BLOCK_TOKENS)
+        share = _share(length, splits, TILE_N)
+        last = tl.minimum(length, length - count + offset + q_tile)  # past what the tile's last query sees
+        low, high = split * share, tl.minimum(split * share + share, last)
+        row = tl.arange(0, BLOCK_M)
+        number = offset + row // GROUP
+        real = (row < q_tile * GROUP) & (number < count)
+        column = tl.arange(0, DIM_PADDED)
+        inside = column < DIM
+        flat = (begin + number).to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+        q = tl.load(query + flat[:, None] * DIM + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+        if INTERPRETED:
+            q = q.to(tl.float32)
+        sees = length - count + number  # the last position each row may look at
+        best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
+        table = tables + request.to(tl.int64) * width
+        if INTERPRETED:  # the interpreter has no range over what a kernel computed; a GPU pipelines nothing else
+            at = low
+            while at < high:
+                best, total, acc = _attend_tile(
+                    q, keys, values, table, at, high, sees, best, total, acc, scaling, kv_head, column, inside,
+                    KV_HEADS, DIM, BLOCK_TOKENS, TILE_N, INTERPRETED,
+                )  # fmt: skip
+                at += TILE_N
+        else:
+            for at in tl.range(low, high, TILE_N):
+                best, total, acc = _attend_tile(
+                    q, keys, values, table, at, high, sees, best, total, acc, scaling, kv_head, column, inside,
+                    KV_HEADS, DIM, BLOCK_TOKENS, TILE_N, INTERPRETED,
+                )  # fmt: skip
+        if SPLIT:
+            if low < length:
+                entry = ((tile.to(tl.int64) * BLOCK_M + row) * KV_HEADS + kv_head) * splits + split
+                tl.store(sums + entry[:, None] * DIM + column[None, :], acc, mask=real[:, None] & inside[None, :])
+                tl.store(weights + entry * 2, best, mask=real)
+                tl.store(weights + entry * 2 + 1, total, mask=real)
+        else:
+            result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+            goal = out + flat[:, None] * DIM + column[None, :]
+            tl.store(goal, result.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=["requests", "width"])
+def _combine(
+    sums, weights, starts, lengths, out, requests, width,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, TILE_N: tl.constexpr, LEAST: tl.constexpr,
+    TILED: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    q_tile: tl.constexpr = BLOCK_M // GROUP
+    tile, kv_head, row = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
+    request, offset = _locate(tile, starts, requests, q_tile, TILED)
+    begin = tl.load(starts + request)
+    count = tl.load(starts + request + 1) - begin
+    number = offset + row // GROUP
+    mine = (count >= LEAST) & (number < count)
+    if not TILED:
+        mine = mine & (count <= q_tile)
+    if mine:
+        length = tl.minimum(tl.load(lengths + request), width * BLOCK_TOKENS)
+        split = tl.arange(0, SPLITS)
+        written = split * _share(length, SPLITS, TILE_N) < length
+        column = tl.arange(0, DIM_PADDED)
+        inside = column < DIM
+        entry = ((tile.to(tl.int64) * BLOCK_M + row) * KV_HEADS + kv_head) * SPLITS + split
+        best = tl.load(weights + entry * 2, mask=written, other=float("-inf"))
+        total = tl.load(weights + entry * 2 + 1, mask=written, other=0.0)
+        part = tl.load(
+            sums + entry[:, None] * DIM + column[None, :], mask=written[:, None] & inside[None, :], other=0.0
+        )  # fmt: skip
+        top = tl.max(best, axis=0)
+        factor = tl.exp2(best - tl.where(top == float("-inf"), 0.0, top))
+        total = tl.sum(total * factor, axis=0)
+        result = tl.sum(part * factor[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+        flat = (begin + number).to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+        tl.store(out + flat * DIM + column, result.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One of the launches of a call.
+
+    rows: height of the tile; tiles: how many there can be; least: the fewest queries a request has here; tiled:
+    whether a request may have several tiles; splits: parts into which a request's cache is cut.
+    """
+
+    rows: int
+    tiles: int
+    least: int
+    tiled: bool
+    splits: int
+
+
+def plan(
+    tokens: int, requests: int, group: int, kv_heads: int, span: int, max_query: int, splits: int | None = None
+) -> list[Launch]:
+    """Say which launches a call needs, from what the host knows.
+
+    span: the most tokens a request's table can name.  splits: fixes their number, a power of two up to MAX_SPLITS.
+    """
+    if max_query * group <= _ONE_TILE:
+        rows = max(16, triton.next_power_of_2(max_query * group))
+        return [Launch(rows, requests, 1, False, splits or _splits(requests * kv_heads, span))]
+    small, large = (max(rows, triton.next_power_of_2(group)) for rows in (_SMALL_TILE, _LONG_TILE))
+    least = small // group + 1 if requests > 1 else 1
+    tiles = tokens // (large // group) + requests
+    launches = [Launch(large, tiles, least, True, splits or _splits(tiles * kv_heads, span))]
+    if requests > 1:
+        launches.append(Launch(small, requests, 1, False, splits or _splits(requests * kv_heads, span)))
+    return launches
+
+
+def _splits(programs: int, span: int) -> int:
+    wanted = min(math.ceil(_PROGRAMS / programs), MAX_SPLITS)
+    useful = max(1, span // _MIN_SPLIT)
+    return min(triton.next_power_of_2(wanted), 1 << (useful.bit_length() - 1))
+
+
+def paged_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, starts: torch.Tensor,
+    lengths: torch.Tensor, scaling: float, *, max_query: int, splits: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Let every query attend to its request's cached tokens up to its own position.
+
+    Shapes: query [tokens, heads, dim]; keys and values [blocks, block_tokens, kv_heads, dim]; tables [requests,
+    width] int32, block numbers of which those beyond a request's length are never followed; starts [requests + 1]
+    int32: rows starts[i] to starts[i + 1] are request i's last positions; lengths [requests] int32, cached tokens
+    with the new ones; result [tokens, heads, dim] in query's dtype; rows of no request are not written.
+    max_query: no request has more queries; those of one that has are not written either.
+    splits: fixes their number, a power of two up to MAX_SPLITS, for results that do not depend on the batch's size.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, a tensor that is not contiguous, or a bad number of splits.
+    """
+    _check(query, keys, values, tables, starts, lengths, max_query, splits)
+    (tokens, heads, dim), (requests, width), (_, block_tokens, kv_heads, _) = query.shape, tables.shape, keys.shape
+    if not tokens or not requests or not width:
+        return torch.zeros_like(query)
+    out = torch.empty_like(query)
+    group, span = heads // kv_heads, width * block_tokens
+    for launch in plan(tokens, requests, group, kv_heads, span, min(max_query, tokens), splits):
+        sizes = _sizes(launch, group, kv_heads, dim, block_tokens)
+        options = _options(launch.rows, dim, query.element_size())
+        sums = weights = out
+        split = launch.splits > 1
+        if split:
+            entries = launch.tiles * launch.rows * kv_heads * launch.splits
+            sums = torch.empty(entries, dim, dtype=torch.float32, device=query.device)
+            weights = torch.empty(entries, 2, dtype=torch.float32, device=query.device)
+        _attend[(launch.tiles * kv_heads, launch.splits)](
+            query, keys, values, tables, starts, lengths, out, sums, weights, scaling * math.log2(math.e), requests,
+            width, launch.splits, **sizes, SPLIT=split, INTERPRETED=_INTERPRETED, **options,
+        )  # fmt: skip
+        if split:
+            _combine[(launch.tiles * kv_heads, launch.rows // group * group)](
+                sums, weights, starts, lengths, out, requests, width, **sizes, SPLITS=launch.splits,
+                num_warps=_combine_warps(launch.splits, sizes["DIM_PADDED"]),
+            )  # fmt: skip
+    return out
+
+
+def _sizes(launch: Launch, group: int, kv_heads: int, dim: int, block_tokens: int) -> dict[str, int]:
+    padded = max(16, triton.next_power_of_2(dim))
+    return {
+        "KV_HEADS": kv_heads, "GROUP": group, "DIM": dim, "DIM_PADDED": padded, "BLOCK_TOKENS": block_tokens,
+        "BLOCK_M": launch.rows, "TILE_N": 64, "LEAST": launch.least, "TILED": launch.tiled,
+    }  # fmt: skip
+
+
+def _options(rows: int, dim: int, item_bytes: int) -> dict[str, int]:
+    """Choose warps and the depth of the pipeline; half of the depth goes to the block numbers."""
+    deep = 64 * triton.next_power_of_2(dim) * item_bytes <= 16384
+    return {"num_warps": 8 if rows >= _LONG_TILE else 4, "num_stages": 5 if deep and rows < _LONG_TILE else 3}
+
+
+def _combine_warps(splits: int, dim: int) -> int:
+    return min(4, max(1, splits * dim // 1024))
+
+
+def _check(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, starts: torch.Tensor,
+    lengths: torch.Tensor, max_query: int, splits: int | None,
+) -> None:  # fmt: skip
+    if keys.dim() != 4 or keys.shape != values.shape:
+        raise ValueError(
+            f"keys and values have the shapes {list(keys.shape)} and {list(values.shape)}; both must be "
+            "[blocks, block_tokens, kv_heads, dim]"
+        )
+    if query.dim() != 3 or query.shape[2] != keys.shape[3] or query.shape[1] % keys.shape[2]:
+        raise ValueError(
+            f"query has the shape {list(query.shape)}; with keys {list(keys.shape)} it must be "
+            f"[tokens, a multiple of {keys.shape[2]}, {keys.shape[3]}]"
+        )
+    if not query.dtype == keys.dtype == values.dtype or query.dtype == torch.float64:
+        raise ValueError(
+            f"query, keys and values are {query.dtype}, {keys.dtype} and {values.dtype}; they must be the same of "
+            "float32, float16 and bfloat16"
+        )
+    requests = len(tables)
+    if tables.dim() != 2 or list(starts.shape) != [requests + 1] or list(lengths.shape) != [requests]:
+        raise ValueError(
+            f"tables, starts and lengths have the shapes {list(tables.shape)}, {list(starts.shape)} and "
+            f"{list(lengths.shape)}; they must be [requests, width], [requests + 1] and [requests]"
+        )
+    named = zip(
+        ("query", "keys", "values", "tables", "starts", "lengths"),
+        (query, keys, values, tables, starts, lengths), strict=True,
+    )  # fmt: skip
+    for name, tensor in named:
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has the strides {list(tensor.stride())}; it must be contiguous")
+    if max_query < 1:
+        raise ValueError(f"max_query is {max_query}; it must be 1 or more")
+    if splits is not None and splits not in [1 << power for power in range(MAX_SPLITS.bit_length())]:
+        raise ValueError(f"splits is {splits}; it must be a power of two from 1 to {MAX_SPLITS}")
+
+
+def cases() -> list[Case]:
+    """Name the specialisations that real models use: decoding, verifying four drafts, and prefill."""
+    found = []
+    for heads, kv_heads, dim in ((9, 3, 64), (14, 2, 64), (16, 8, 128), (32, 8, 128), (64, 8, 128)):
+        launches = [
+            launch for max_query in (1, 5, 512) for launch in plan(1024, 16, heads // kv_heads, kv_heads, 8192, max_query)
+        ]  # fmt: skip
+        for launch in launches:
+            name = f"heads={heads}/{kv_heads} dim={dim} rows={launch.rows} tiled={launch.tiled}"
+            found += _cases_of(launch, name, _sizes(launch, heads // kv_heads, kv_heads, dim, 16), dim)
+    return found
+
+
+def _cases_of(launch: Launch, name: str, sizes: dict[str, int], dim: int) -> list[Case]:
+    types = {name: "*bf16" for name in ("query", "keys", "values", "out")} | {"sums": "*fp32", "weights": "*fp32"}
+    types |= {name: "*i32" for name in ("tables", "starts", "lengths")} | {"scaling": "fp32"}
+    aligned = tuple(name for name, kind in types.items() if kind.startswith("*"))
+    types |= {name: "i32" for name in ("requests", "width", "splits")}
+    options = _options(launch.rows, dim, 2)
+    found = [
+        Case(
+            f"attend {name} split={split}", _attend, types, {**sizes, "SPLIT": split, "INTERPRETED": False},
+            warps=options["num_warps"], stages=options["num_stages"], aligned=aligned,
+        )
+        for split in sorted({False, launch.splits > 1})
+    ]  # fmt: skip
+    if launch.splits > 1:
+        used = {name: kind for name, kind in types.items() if name in _combine.arg_names}
+        found.append(
+            Case(
+                f"combine {name} splits={launch.splits}", _combine, used, {**sizes, "SPLITS": launch.splits},
+                warps=_combine_warps(launch.splits, sizes["DIM_PADDED"]),
+                aligned=tuple(name for name in aligned if name in used),
+            )
+        )  # fmt: skip
+    return found
