@@ -114,6 +114,8 @@ class _Bench:
         self.contender = Contender(pair, shape, synthetic=acceptance)
         self._prompts = list(self._ids(max(options.batches)))
         self._runs = 0
+        self._runs_here: list[str] | None = None
+        self.refused: dict[str, str] = {}
 
     def groups(self) -> list[list[Cell]]:
         """A group for every batch size: the engine's arms, and transformers where its time can be afforded."""
@@ -121,11 +123,23 @@ class _Bench:
         for batch in self._options.batches:
             group = [self._cell(batch, arm) for arm in ARMS]
             if batch in (1, 16) and self._acceptance is None:
-                group += [self._library_cell(batch, arm) for arm in LIBRARY_ARMS]
+                group += [self._library_cell(batch, arm) for arm in self._library_arms()]
             groups.append(group)
             for arm in ARMS:  # graphs are captured, and the cost table measured, before anything is timed
                 self._steady(batch, arm, 8)
         return groups
+
+    def _library_arms(self) -> list[str]:
+        """Try what transformers offers once; what does not run here is named in the result."""
+        if self._runs_here is None:
+            self._runs_here = []
+            for arm in LIBRARY_ARMS:
+                try:
+                    run_library(arm, self._pair.target, self._prompts[:1], 2)
+                    self._runs_here.append(arm)
+                except Exception as error:  # whatever a rival fails with, it is told and not hidden
+                    self.refused[arm] = f"{type(error).__name__}: {str(error)[:200]}"
+        return self._runs_here
 
     def effects(self, until_s: float) -> dict[str, Any]:
         """What swaps, logging and the host cost; exactness where the models say something."""
@@ -135,6 +149,7 @@ class _Bench:
             "logging": logging_cost(self.contender, self._load, batch, self._options.tokens),
             "swaps": swaps_under_load(self.contender, load, self._options.swaps),
             "host": self._host(min(64, max(self._options.batches))),
+            "left_out": self.refused,
         }
         if self._acceptance is None and time.monotonic() < until_s + 60:
             found["greedy_against_transformers"] = compare_greedy(

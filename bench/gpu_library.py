@@ -47,9 +47,12 @@ def _generate(model: Any, prompts: list[list[int]], tokens: int) -> float:
 def _continuous(model: Any, prompts: list[list[int]], tokens: int) -> float:
     config = GenerationConfig(pad_token_id=0, max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
     begin = time.perf_counter()
-    with torch.inference_mode():
-        model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
-    return time.perf_counter() - begin
+    answers = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    seconds = time.perf_counter() - begin
+    came = sorted(len(answer.generated_tokens) for answer in answers.values())
+    if came != [tokens] * len(prompts):
+        raise RuntimeError(f"generate_batch gave {came} tokens to {len(prompts)} prompts, {tokens} each were asked for")
+    return seconds
 
 
 @torch.inference_mode()

@@ -40,7 +40,9 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         ValueError: an odd number of columns, or a tensor that is not contiguous.
     """
     if gate_up.dim() != 2 or not gate_up.shape[1] or gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up has the shape {list(gate_up.shape)}; it must be [tokens, 2 * width], width 1 or more")
+        raise ValueError(
+            f"gate_up has the shape {list(gate_up.shape)}; it must be [tokens, 2 * width], width 1 or more"
+        )
     if not gate_up.is_contiguous():
         raise ValueError(f"gate_up has the strides {list(gate_up.stride())}; it must be contiguous")
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2

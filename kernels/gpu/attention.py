@@ -29,8 +29,12 @@ import triton.language as tl
 from kernels.gpu.aot import Case
 
 MAX_SPLITS = 32
-_PROGRAMS = 2 * 132  # two for each of an H100's multiprocessors
-_MIN_SPLIT = 256  # tokens; shorter splits cost more to add up than they save
+_PROGRAMS = 2 * 132  # two for each of an H100's multiprocessors, which are all at work at once
+_MOST_PROGRAMS = 2048  # bounds the buffers of the splits where these are for one long request among many short ones
+_LONG = 4096  # tokens a split takes when there is no lack of programs
+_TILE_N = 64
+_TILE_BYTES = 256  # of a key in a tile of that many; longer keys have shorter tiles
+_LEAST_TILES = tl.constexpr(4)  # of a split; shorter ones cost more to add up than they save
 _ONE_TILE = 128  # rows up to which all queries of a request share a tile
 _SMALL_TILE = 64  # rows of the tile for short requests when there are long ones too
 _LONG_TILE = 128
@@ -55,8 +59,8 @@ def _locate(tile, starts, requests, Q_TILE: tl.constexpr, TILED: tl.constexpr):
 
 @triton.jit
 def _share(length, splits, TILE_N: tl.constexpr):
-    """Return how many tokens each split of a request takes: whole tiles, as even as that allows."""
-    return tl.cdiv(tl.cdiv(length, TILE_N), splits) * TILE_N
+    """Return how many tokens each split of a request takes: whole tiles, and not too few of them."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, TILE_N), splits), _LEAST_TILES) * TILE_N
 
 
 @triton.jit
@@ -146,12 +150,12 @@ def _attend(
             tl.store(goal, result.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["requests", "width"])
+@triton.jit(do_not_specialize=["requests", "width", "splits"])
 def _combine(
-    sums, weights, starts, lengths, out, requests, width,
+    sums, weights, starts, lengths, out, requests, width, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, TILE_N: tl.constexpr, LEAST: tl.constexpr,
-    TILED: tl.constexpr, SPLITS: tl.constexpr,
+    TILED: tl.constexpr, SPLITS_PADDED: tl.constexpr,
 ):  # fmt: skip
     q_tile: tl.constexpr = BLOCK_M // GROUP
     tile, kv_head, row = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
@@ -164,11 +168,11 @@ def _combine(
         mine = mine & (count <= q_tile)
     if mine:
         length = tl.minimum(tl.load(lengths + request), width * BLOCK_TOKENS)
-        split = tl.arange(0, SPLITS)
-        written = split * _share(length, SPLITS, TILE_N) < length
+        split = tl.arange(0, SPLITS_PADDED)
+        written = (split < splits) & (split * _share(length, splits, TILE_N) < length)
         column = tl.arange(0, DIM_PADDED)
         inside = column < DIM
-        entry = ((tile.to(tl.int64) * BLOCK_M + row) * KV_HEADS + kv_head) * SPLITS + split
+        entry = ((tile.to(tl.int64) * BLOCK_M + row) * KV_HEADS + kv_head) * splits + split
         best = tl.load(weights + entry * 2, mask=written, other=float("-inf"))
         total = tl.load(weights + entry * 2 + 1, mask=written, other=0.0)
         part = tl.load(
@@ -202,7 +206,7 @@ def plan(
 ) -> list[Launch]:
     """Say which launches a call needs, from what the host knows.
 
-    span: the most tokens a request's table can name.  splits: fixes their number, a power of two up to MAX_SPLITS.
+    span: the most tokens a request's table can name.  splits: fixes their number, 1 to MAX_SPLITS.
     """
     if max_query * group <= _ONE_TILE:
         rows = max(16, triton.next_power_of_2(max_query * group))
@@ -217,9 +221,9 @@ def plan(
 
 
 def _splits(programs: int, span: int) -> int:
-    wanted = min(math.ceil(_PROGRAMS / programs), MAX_SPLITS)
-    useful = max(1, span // _MIN_SPLIT)
-    return min(triton.next_power_of_2(wanted), 1 << (useful.bit_length() - 1))
+    """Fill the machine; beyond that, keep one long request among short ones from being read by one program alone."""
+    wanted = max(_PROGRAMS // programs, min(span // _LONG, _MOST_PROGRAMS // programs))
+    return max(1, min(wanted, span // (_TILE_N * _LEAST_TILES.value), MAX_SPLITS))
 
 
 def paged_attention(
@@ -233,7 +237,7 @@ def paged_attention(
     int32: rows starts[i] to starts[i + 1] are request i's last positions; lengths [requests] int32, cached tokens
     with the new ones; result [tokens, heads, dim] in query's dtype; rows of no request are not written.
     max_query: no request has more queries; those of one that has are not written either.
-    splits: fixes their number, a power of two up to MAX_SPLITS, for results that do not depend on the batch's size.
+    splits: fixes their number, 1 to MAX_SPLITS, for results that do not depend on the size of the batch.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a tensor that is not contiguous, or a bad number of splits.
@@ -244,9 +248,9 @@ def paged_attention(
         return torch.zeros_like(query)
     out = torch.empty_like(query)
     group, span = heads // kv_heads, width * block_tokens
-    for launch in plan(tokens, requests, group, kv_heads, span, min(max_query, tokens), splits):
-        sizes = _sizes(launch, group, kv_heads, dim, block_tokens)
-        options = _options(launch.rows, dim, query.element_size())
+    for launch in plan(tokens, requests, group, kv_heads, span, max_query, splits):
+        sizes = _sizes(launch, group, kv_heads, dim, block_tokens, query.element_size())
+        options = _options(launch.rows, sizes["DIM_PADDED"] * query.element_size())
         sums = weights = out
         split = launch.splits > 1
         if split:
@@ -259,28 +263,33 @@ def paged_attention(
         )  # fmt: skip
         if split:
             _combine[(launch.tiles * kv_heads, launch.rows // group * group)](
-                sums, weights, starts, lengths, out, requests, width, **sizes, SPLITS=launch.splits,
-                num_warps=_combine_warps(launch.splits, sizes["DIM_PADDED"]),
+                sums, weights, starts, lengths, out, requests, width, launch.splits, **sizes,
+                **_combine_options(launch.splits, sizes["DIM_PADDED"]),
             )  # fmt: skip
     return out
 
 
-def _sizes(launch: Launch, group: int, kv_heads: int, dim: int, block_tokens: int) -> dict[str, int]:
+def _sizes(
+    launch: Launch, group: int, kv_heads: int, dim: int, block_tokens: int, item_bytes: int
+) -> dict[str, int]:  # fmt: skip
     padded = max(16, triton.next_power_of_2(dim))
+    tile = min(_TILE_N, max(16, _TILE_N * _TILE_BYTES // (padded * item_bytes)))
     return {
         "KV_HEADS": kv_heads, "GROUP": group, "DIM": dim, "DIM_PADDED": padded, "BLOCK_TOKENS": block_tokens,
-        "BLOCK_M": launch.rows, "TILE_N": 64, "LEAST": launch.least, "TILED": launch.tiled,
+        "BLOCK_M": launch.rows, "TILE_N": tile, "LEAST": launch.least, "TILED": launch.tiled,
     }  # fmt: skip
 
 
-def _options(rows: int, dim: int, item_bytes: int) -> dict[str, int]:
+def _options(rows: int, row_bytes: int) -> dict[str, int]:
     """Choose warps and the depth of the pipeline; half of the depth goes to the block numbers."""
-    deep = 64 * triton.next_power_of_2(dim) * item_bytes <= 16384
-    return {"num_warps": 8 if rows >= _LONG_TILE else 4, "num_stages": 5 if deep and rows < _LONG_TILE else 3}
+    wide = row_bytes > _TILE_BYTES
+    warps = 8 if rows >= (_SMALL_TILE if wide else _LONG_TILE) else 4
+    return {"num_warps": warps, "num_stages": 2 if wide else 5 if rows <= 32 else 3}
 
 
-def _combine_warps(splits: int, dim: int) -> int:
-    return min(4, max(1, splits * dim // 1024))
+def _combine_options(splits: int, dim: int) -> dict[str, int]:
+    padded = triton.next_power_of_2(splits)
+    return {"SPLITS_PADDED": padded, "num_warps": min(4, max(1, padded * dim // 1024))}
 
 
 def _check(
@@ -302,6 +311,10 @@ def _check(
             f"query, keys and values are {query.dtype}, {keys.dtype} and {values.dtype}; they must be the same of "
             "float32, float16 and bfloat16"
         )
+    if triton.next_power_of_2(query.shape[2]) * query.element_size() > 2 * _TILE_BYTES:
+        raise ValueError(
+            f"dim is {query.shape[2]} in {query.dtype}; it must be at most {2 * _TILE_BYTES // query.element_size()}"
+        )
     requests = len(tables)
     if tables.dim() != 2 or list(starts.shape) != [requests + 1] or list(lengths.shape) != [requests]:
         raise ValueError(
@@ -317,43 +330,42 @@ def _check(
             raise ValueError(f"{name} has the strides {list(tensor.stride())}; it must be contiguous")
     if max_query < 1:
         raise ValueError(f"max_query is {max_query}; it must be 1 or more")
-    if splits is not None and splits not in [1 << power for power in range(MAX_SPLITS.bit_length())]:
-        raise ValueError(f"splits is {splits}; it must be a power of two from 1 to {MAX_SPLITS}")
+    if splits is not None and not 1 <= splits <= MAX_SPLITS:
+        raise ValueError(f"splits is {splits}; it must be 1 to {MAX_SPLITS}")
 
 
 def cases() -> list[Case]:
     """Name the specialisations that real models use: decoding, verifying four drafts, and prefill."""
-    found = []
+    found: dict[str, Case] = {}
     for heads, kv_heads, dim in ((9, 3, 64), (14, 2, 64), (16, 8, 128), (32, 8, 128), (64, 8, 128)):
-        launches = [
-            launch for max_query in (1, 5, 512) for launch in plan(1024, 16, heads // kv_heads, kv_heads, 8192, max_query)
-        ]  # fmt: skip
-        for launch in launches:
-            name = f"heads={heads}/{kv_heads} dim={dim} rows={launch.rows} tiled={launch.tiled}"
-            found += _cases_of(launch, name, _sizes(launch, heads // kv_heads, kv_heads, dim, 16), dim)
-    return found
+        group = heads // kv_heads
+        for max_query in (1, 5, 512):
+            for launch in plan(1024, 16, group, kv_heads, 8192, max_query):
+                sizes = _sizes(launch, group, kv_heads, dim, block_tokens=16, item_bytes=2)
+                name = f"heads={heads}/{kv_heads} dim={dim} rows={launch.rows} tiled={launch.tiled}"
+                found |= {case.name: case for case in _cases_of(launch, name, sizes)}
+    return list(found.values())
 
 
-def _cases_of(launch: Launch, name: str, sizes: dict[str, int], dim: int) -> list[Case]:
-    types = {name: "*bf16" for name in ("query", "keys", "values", "out")} | {"sums": "*fp32", "weights": "*fp32"}
-    types |= {name: "*i32" for name in ("tables", "starts", "lengths")} | {"scaling": "fp32"}
-    aligned = tuple(name for name, kind in types.items() if kind.startswith("*"))
-    types |= {name: "i32" for name in ("requests", "width", "splits")}
-    options = _options(launch.rows, dim, 2)
+def _cases_of(launch: Launch, name: str, sizes: dict[str, int]) -> list[Case]:
+    types = dict.fromkeys(("query", "keys", "values", "out"), "*bf16") | {"sums": "*fp32", "weights": "*fp32"}
+    types |= dict.fromkeys(("tables", "starts", "lengths"), "*i32")
+    aligned = tuple(types)
+    types |= dict.fromkeys(("requests", "width", "splits"), "i32") | {"scaling": "fp32"}
+    options = _options(launch.rows, 2 * sizes["DIM_PADDED"])
     found = [
         Case(
             f"attend {name} split={split}", _attend, types, {**sizes, "SPLIT": split, "INTERPRETED": False},
             warps=options["num_warps"], stages=options["num_stages"], aligned=aligned,
         )
-        for split in sorted({False, launch.splits > 1})
+        for split in (False, True)
     ]  # fmt: skip
-    if launch.splits > 1:
-        used = {name: kind for name, kind in types.items() if name in _combine.arg_names}
+    used = {name: kind for name, kind in types.items() if name in _combine.arg_names}
+    for splits in (2, MAX_SPLITS):
+        constants = {**sizes, **_combine_options(splits, sizes["DIM_PADDED"])}
+        warps = constants.pop("num_warps")
+        pointers = tuple(name for name in aligned if name in used)
         found.append(
-            Case(
-                f"combine {name} splits={launch.splits}", _combine, used, {**sizes, "SPLITS": launch.splits},
-                warps=_combine_warps(launch.splits, sizes["DIM_PADDED"]),
-                aligned=tuple(name for name in aligned if name in used),
-            )
+            Case(f"combine {name} splits={splits}", _combine, used, constants, warps=warps, aligned=pointers)
         )  # fmt: skip
     return found

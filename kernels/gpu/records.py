@@ -17,11 +17,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.gpu.aot import Case
 from kernels.gpu.likeliest import record_likeliest
 from kernels.gpu.noise import key_of, philox, uniform64
 from kernels.gpu.stream import FIELDS, FLOOR, NEVER, NOWHERE, SUB
 
 SPLITS = tl.constexpr(64)  # the most ranges a row has
+WARPS = 8
 ROWS = tl.constexpr(16)  # rows of a request that are merged at once
 
 
@@ -40,8 +42,8 @@ def log_total(peaks: tl.tensor, masses: tl.tensor, splits: tl.tensor, inverse: t
     top = tl.max(peak, axis=1)
     parts = mass.to(tl.float64) * tl.exp((peak - top[:, None]) * inverse[:, None]).to(tl.float64)
     mass = tl.sum(parts, axis=1)
-    total = top.to(tl.float64) * inverse.to(tl.float64) + tl.log(tl.where(mass > 0, mass, 1.0))
-    return tl.where(mass > 0, total, float("nan"))
+    total = top.to(tl.float64) * inverse.to(tl.float64) + tl.log(tl.where(mass > 0.5, mass, 1.0))
+    return tl.where(mass > 0.5, total, float("nan"))
 
 
 @triton.jit
@@ -223,3 +225,33 @@ def draws(
     tl.store(columns + row, column.to(tl.int64))
     tl.store(logprobs + row, tl.where(total == total, x.to(tl.float64) - total, NEVER).to(tl.float32))
     tl.store(finite + row, (total == total).to(tl.int8))
+
+
+def cases() -> list[Case]:
+    """Name the specialisations that real models use: both couplings, two vocabularies, and drafting."""
+    types = dict.fromkeys(("temperatures", "borders", "draft_borders", "stats", "logprobs", "tails"), "*fp32")
+    types |= dict.fromkeys(("best", "totals"), "*fp64") | {"residual": "*fp32", "topk_logprobs": "*fp16"}
+    types |= dict.fromkeys(("seeds", "positions", "tokens", "said", "columns", "token_ids"), "*i64")
+    types |= dict.fromkeys(("starts", "drafted", "best_at", "accepted", "ids", "stops", "again"), "*i32")
+    sizes = dict.fromkeys(("stride", "draft_stride", "vocab", "requests", "splits"), "i32")
+    of_laws, found = ("draft", "draft_borders", "residual", "totals", "stops", "again"), []
+    for dtype, low in (("bf16", 16), ("fp16", 12), ("fp32", 0)):
+        dtypes = types | dict.fromkeys(("logits", "draft", "maxima"), f"*{dtype}") | {"finite": "*i8"}
+        of_draws = {name: kind for name, kind in (dtypes | sizes).items() if name in draws.arg_names}
+        found.append(Case(f"draws {dtype}", draws, of_draws, {}, warps=1, aligned=_aligned(of_draws)))
+        for coupling, left_out in (("gumbel", of_laws), ("maximal", ())):
+            for width in (512, 2048):
+                held = {
+                    name: kind
+                    for name, kind in (dtypes | sizes).items()
+                    if name in verdicts.arg_names and name not in left_out
+                }
+                constants = {"WIDTH": width, "K": 32, "PADDED": 32, "LOW": low} | dict.fromkeys(left_out)
+                constants["ACCEPT"] = None if left_out else 2
+                name = f"verdicts {coupling} {dtype} parts={width}"
+                found.append(Case(name, verdicts, held, constants, warps=WARPS, aligned=_aligned(held)))
+    return found
+
+
+def _aligned(types: dict[str, str]) -> tuple[str, ...]:
+    return tuple(name for name, kind in types.items() if kind.startswith("*") or name in ("stride", "draft_stride"))

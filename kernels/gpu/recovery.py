@@ -17,8 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.gpu.aot import Case
 from kernels.gpu.noise import gumbel32, key_of, misses, token_noise
-from kernels.gpu.stream import FLOOR, NEVER, NOWHERE, margin_of, words_of
+from kernels.gpu.stream import FLOOR, NEVER, NOWHERE, fast_exp, margin_of, words_of
 
 LOOSE = tl.constexpr(1e-5)  # what float32 probabilities are off by, at most: this share of themselves,
 LOOSER = tl.constexpr(5e-7)  # and this share of them times their log-sum
@@ -29,7 +30,7 @@ SPLITS = tl.constexpr(64)
 def weigh(x: tl.tensor, border: tl.tensor, temperature: tl.tensor, total: tl.tensor) -> tl.tensor:
     """Return probabilities under a processed law, float32.  Shapes: x any; the rest scalars, total float64."""
     kept = tl.where(x >= border, tl.div_rn(x, temperature), NEVER)
-    return tl.exp(kept - total.to(tl.float32))
+    return fast_exp(kept - total.to(tl.float32))
 
 
 @triton.jit
@@ -123,7 +124,7 @@ def recover(
     tl.store(best_at + request * splits + split, at)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def settle(
     temperatures: tl.tensor, starts: tl.tensor, stops: tl.tensor, again: tl.tensor, overlaps: tl.tensor,
     best: tl.tensor, best_at: tl.tensor, tokens: tl.tensor, residual: tl.tensor, splits: tl.tensor,
@@ -147,3 +148,24 @@ def settle(
                 rejected = tl.minimum(tl.maximum(1.0 - overlap, 0.0), 1.0)
                 tl.store(residual + row, tl.where(rejected == rejected, rejected, 1.0))
             row += 1
+
+
+def cases() -> list[Case]:
+    """Name the specialisations that real models use, with and without residuals."""
+    types = dict.fromkeys(("temperatures", "borders", "draft_borders", "overlaps", "residual"), "*fp32")
+    types |= dict.fromkeys(("totals", "best_out", "best"), "*fp64")
+    types |= dict.fromkeys(("seeds", "positions", "tokens"), "*i64")
+    types |= dict.fromkeys(("starts", "stops", "again", "best_at"), "*i32")
+    types |= dict.fromkeys(("stride", "draft_stride", "vocab", "per_split", "splits"), "i32")
+    found = []
+    for left_out in ((), ("overlaps", "residual")):
+        kinds = {name: kind for name, kind in types.items() if name not in left_out}
+        for kernel, warps, constants in ((recover, 4, {"PURPOSE": 3, "BLOCK": 1024}), (settle, 1, {})):
+            for dtype in ("bf16", "fp16", "fp32") if kernel is recover else ("bf16",):
+                held = {"logits": f"*{dtype}", "draft": f"*{dtype}"} | kinds
+                held = {name: kind for name, kind in held.items() if name in kernel.arg_names}
+                missing = {name: None for name in left_out if name in kernel.arg_names}
+                aligned = tuple(name for name in held if name not in ("per_split", "splits"))
+                name = f"{kernel.__name__} {dtype} without {left_out}"
+                found.append(Case(name, kernel, held, constants | missing, warps=warps, aligned=aligned))
+    return found

@@ -149,7 +149,7 @@ def _check(
 def cases() -> list[Case]:
     """Name the specialisations that real models use."""
     pointers = ("qkv", "cos", "sin", "keys", "values", "query_norm", "key_norm", "out")
-    types = {name: "*bf16" for name in pointers} | {"positions": "*i64", "slots": "*i64", "table_rows": "i32"}
+    types = dict.fromkeys(pointers, "*bf16") | {"positions": "*i64", "slots": "*i64", "table_rows": "i32"}
     return [
         Case(
             f"rope_and_write heads={heads}/{kv_heads} dim={dim} norms={norms}", _rope_and_write,

@@ -18,7 +18,9 @@ import torch
 import triton
 
 from kernels.gpu import records, recovery
+from kernels.gpu.aot import Case
 from kernels.gpu.stream import FIELDS, SUB, stream
+from kernels.gpu.stream import cases as stream_cases
 from kernels.noise import Purpose
 from kernels.reference.verify import check_request
 from kernels.verdicts import Draws, Verdicts
@@ -26,8 +28,8 @@ from kernels.verdicts import Draws, Verdicts
 if TYPE_CHECKING:
     from kernels.sampling import RowParams
 
-_BLOCK = 2048  # columns a program reads at once,
-_AGAIN = 1024  # and the second time, of two rows
+_BLOCK_BYTES = 4096  # of a row, that a program reads at once
+_AGAIN = 1024  # columns it reads of two rows at once
 _PROGRAMS = 2112  # what a row's ranges are counted for: twice what 132 multiprocessors run at once, eight each
 _WARPS = 4
 _MOST_RANGES = 64
@@ -56,7 +58,8 @@ class _Streamed:
         drafted: torch.Tensor | None = None, parts: bool = False,
     ) -> None:  # fmt: skip
         rows, vocab = logits.shape
-        self.splits, self.per_split = ranges(rows, vocab, _BLOCK)
+        block = _BLOCK_BYTES // logits.element_size()
+        self.splits, self.per_split = ranges(rows, vocab, block)
         self.stats = logits.new_empty(rows, FIELDS.value, self.splits, dtype=torch.float32)
         self.best = logits.new_empty(rows, self.splits, dtype=torch.float64)
         self.best_at = logits.new_empty(rows, self.splits, dtype=torch.int32)
@@ -65,7 +68,7 @@ class _Streamed:
             logits, draft, token_ids, params.temperature, params.seeds, params.positions, borders, draft_borders,
             starts, drafted, self.stats, self.best, self.best_at, self.maxima, logits.stride(0),
             0 if draft is None else draft.stride(0), vocab, self.per_split, 0 if starts is None else len(starts) - 1,
-            PURPOSE=int(purpose), BLOCK=_BLOCK, num_warps=_WARPS,
+            PURPOSE=int(purpose), BLOCK=block, num_warps=_WARPS,
         )  # fmt: skip
 
 
@@ -133,7 +136,7 @@ def verify(
         verdicts.logprobs, verdicts.topk_ids, verdicts.topk_logprobs, verdicts.tail, verdicts.residual, totals,
         stops, again, *strides, requests, run.splits, ACCEPT=int(Purpose.ACCEPT) if maximal else None,
         WIDTH=triton.next_power_of_2(-(-vocab // SUB.value)), K=top_k, PADDED=triton.next_power_of_2(max(top_k, 1)),
-        LOW=_LOW[logits.dtype], num_warps=_WARPS,
+        LOW=_LOW[logits.dtype], num_warps=records.WARPS,
     )  # fmt: skip
     if draft is not None:
         _look_again(logits, draft, params, borders, draft_borders, starts, verdicts, totals, stops, again)
@@ -231,3 +234,8 @@ def _check_verify(
     _check_vector("starts", starts, len(starts), torch.int32)
     if not len(starts):
         raise ValueError("starts is empty; it must hold one more number than there are requests")
+
+
+def cases() -> list[Case]:
+    """Name the specialisations that real models use; the kernels lie in the modules this one calls."""
+    return [*stream_cases(), *records.cases(), *recovery.cases()]

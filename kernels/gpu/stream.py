@@ -23,12 +23,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.gpu.aot import Case
 from kernels.gpu.noise import MAX_GUMBEL, gumbel32, key_of, lane_of, misses, neighbours, philox, token_noise
 
 MARGIN = tl.constexpr(1e-4)  # what float32 scores are off by, at most: this much,
 SHARE = tl.constexpr(2e-6)  # and this share of the score
 SUB = tl.constexpr(128)  # columns a stored maximum stands for
-FLOOR = tl.constexpr(-1e38)  # below every logit and score but -inf, and still a number to reckon with
+FLOOR = tl.constexpr(-1e30)  # logits and scores below it count as -inf; it is still a number to reckon with
 FIELDS = tl.constexpr(5)  # largest, mass, processed mass; draft's largest, draft's processed mass
 PIECE = tl.constexpr(512)  # columns that are scored at once; a block is a whole number of them
 NEVER = tl.constexpr(float("-inf"))
@@ -92,7 +93,7 @@ def reached_by(x: tl.tensor, largest: tl.tensor, inverse: tl.tensor, border: tl.
     if largest.shape[0] != BLOCK:
         near = tl.max(tl.reshape(x, [BLOCK // 4, 4]), axis=1)
     reach = best.to(tl.float32) - margin_of(best)
-    possible = (misses(largest) <= tl.exp(tl.minimum(near * inverse - reach, 1.0))) & (near >= border)
+    possible = (misses(largest) <= fast_exp(tl.minimum(near * inverse - reach, 1.0))) & (near >= border)
     return tl.max(possible.to(tl.int32), axis=0) > 0
 
 
@@ -117,11 +118,10 @@ def look_closely(first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: 
 
 
 @triton.jit
-def challenge(x: tl.tensor, first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor,
+def challenge(x: tl.tensor, top: tl.tensor, first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor,
               temperature: tl.tensor, border: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor,
               best: tl.tensor, at: tl.tensor, PURPOSE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Return the best score and its column after one more block.  Shapes: x [BLOCK] float32."""
-    top = tl.max(x, axis=0)
+    """Return the best score and its column after one more block.  Shapes: x [BLOCK] float32, `top` its largest."""
     if temperature > 0:
         inverse = 1.0 / temperature
         if (top >= border) & (top * inverse + MAX_GUMBEL >= best.to(tl.float32) - margin_of(best)):
@@ -139,21 +139,28 @@ def challenge(x: tl.tensor, first: tl.tensor, row: tl.tensor, token_ids: tl.tens
 
 
 @triton.jit
+def fast_exp(x: tl.tensor) -> tl.tensor:
+    """Return exp(x); unlike exp itself, exp2 spends no instruction on results below 2^-126, which count as 0 here."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def add_mass(x: tl.tensor, border: tl.tensor, inverse: tl.tensor, peak: tl.tensor, mass: tl.tensor, shaped: tl.tensor, RAW: tl.constexpr,
              SHAPED: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Return running maxima and masses, of the raw law and of the processed one, after one more block.
+    """Return the block's maxima, and running maxima and masses of the raw law and of the processed one.
 
-    Shapes: x [BLOCK]; peak, mass and shaped [BLOCK / 8]: eight neighbours lie in one thread and share one maximum.
+    Shapes: x [BLOCK]; all else [BLOCK / 8]: eight neighbours lie in one thread and share one maximum.
     """
     eight = tl.reshape(x, [BLOCK // 8, 8])
-    higher = tl.maximum(peak, tl.max(eight, axis=1))
+    largest = tl.max(eight, axis=1)
+    higher = tl.maximum(peak, largest)
     below = eight - higher[:, None]
     if RAW:
-        mass = mass * tl.exp(peak - higher) + tl.sum(tl.exp(below), axis=1)
+        mass = mass * fast_exp(peak - higher) + tl.sum(fast_exp(below), axis=1)
     if SHAPED:
-        kept = tl.where(eight >= border, tl.exp(below * inverse), tl.where(eight == eight, 0.0, eight))
-        shaped = shaped * tl.exp((peak - higher) * inverse) + tl.sum(kept, axis=1)
-    return higher, mass, shaped
+        kept = tl.where(eight >= border, fast_exp(below * inverse), tl.where(eight == eight, 0.0, eight))
+        shaped = shaped * fast_exp((peak - higher) * inverse) + tl.sum(kept, axis=1)
+    return largest, higher, mass, shaped
 
 
 @triton.jit
@@ -174,11 +181,11 @@ def sum_draft(draft: tl.tensor, vocab: tl.tensor, low: tl.tensor, high: tl.tenso
     while block < high:
         x = coming.to(tl.float32)
         coming = read_block(draft, block + 1, high, vocab, BLOCK)
-        peak, _, shaped = add_mass(x, border, inverse, peak, shaped, shaped, False, True, BLOCK)
+        _, peak, _, shaped = add_mass(x, border, inverse, peak, shaped, shaped, False, True, BLOCK)
         block += 1
     top = tl.max(peak, axis=0)
     tl.store(out + 3 * splits, top)
-    tl.store(out + 4 * splits, tl.sum(shaped * tl.exp((peak - top) * inverse), axis=0))
+    tl.store(out + 4 * splits, tl.sum(shaped * fast_exp((peak - top) * inverse), axis=0))
 
 
 @triton.jit(do_not_specialize=["per_split", "requests"])
@@ -192,7 +199,7 @@ def stream(
     row, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     low = split * per_split
     high = tl.minimum(low + per_split, tl.cdiv(vocab, BLOCK))
-    if starts is not None:
+    if starts is not None:  # noqa: SIM102 - one is a constant of the compilation
         if row >= tl.load(starts + requests):
             high = low
     temperature = tl.load(temperatures + row)
@@ -211,27 +218,47 @@ def stream(
     while block < high:  # the interpreter has no range over what a kernel computed
         x = coming.to(tl.float32)
         coming = read_block(own, block + 1, high, vocab, BLOCK)
-        peak, mass, shaped = add_mass(x, border, inverse, peak, mass, shaped, True, draft is not None, BLOCK)
+        eighths, peak, mass, shaped = add_mass(x, border, inverse, peak, mass, shaped, True, draft is not None, BLOCK)
         if maxima is not None:
-            largest = tl.max(tl.reshape(x, [BLOCK // SUB, SUB]), axis=1)
+            largest = tl.max(tl.reshape(eighths, [BLOCK // SUB, SUB // 8]), axis=1)
             place = block * (BLOCK // SUB) + tl.arange(0, BLOCK // SUB)
             width = tl.cdiv(vocab, SUB)
             tl.store(maxima + row * width + place, largest.to(maxima.dtype.element_ty), mask=place < width)
         best, at = challenge(
-            x, block * BLOCK, own, token_ids, vocab, temperature, border, position, k0, k1,
+            x, tl.max(eighths, axis=0), block * BLOCK, own, token_ids, vocab, temperature, border, position, k0, k1,
             best, at, PURPOSE, BLOCK,
         )  # fmt: skip
         block += 1
     top = tl.max(peak, axis=0)
     out = stats + row * FIELDS * splits + split
     tl.store(out, top)
-    tl.store(out + splits, tl.sum(mass * tl.exp(peak - top), axis=0))
+    tl.store(out + splits, tl.sum(mass * fast_exp(peak - top), axis=0))
     tl.store(best_out + row * splits + split, best)
     tl.store(best_at + row * splits + split, at)
     if draft is not None:
-        tl.store(out + 2 * splits, tl.sum(shaped * tl.exp((peak - top) * inverse), axis=0))
+        tl.store(out + 2 * splits, tl.sum(shaped * fast_exp((peak - top) * inverse), axis=0))
         if (temperature > 0) & (tl.load(drafted + row) >= 0) & (high > low):
             draft_border = NEVER
             if draft_borders is not None:
                 draft_border = tl.load(draft_borders + row)
             sum_draft(draft + row * draft_stride, vocab, low, high, draft_border, inverse, out, splits, BLOCK)
+
+
+def cases() -> list[Case]:
+    """Name the specialisations that real models use: verifying with and without a draft's law, and drafting."""
+    found = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        for left_out in (
+            ("token_ids",), ("token_ids", "draft", "draft_borders"),
+            ("draft", "draft_borders", "starts", "drafted", "maxima"),
+        ):  # fmt: skip
+            types = dict.fromkeys(("temperatures", "borders", "draft_borders", "stats"), "*fp32")
+            types |= dict.fromkeys(("logits", "draft", "maxima"), f"*{dtype}") | {"best_out": "*fp64"}
+            types |= dict.fromkeys(("token_ids", "seeds", "positions"), "*i64")
+            types |= dict.fromkeys(("starts", "drafted", "best_at"), "*i32")
+            types = {name: kind for name, kind in types.items() if name not in left_out}
+            aligned = (*types, "stride", "draft_stride", "vocab")
+            types |= dict.fromkeys(("stride", "draft_stride", "vocab", "per_split", "requests"), "i32")
+            constants = {"PURPOSE": 0, "BLOCK": 1024 if dtype == "fp32" else 2048} | dict.fromkeys(left_out)
+            found.append(Case(f"stream {dtype} without {left_out[-1]}", stream, types, constants, aligned=aligned))
+    return found

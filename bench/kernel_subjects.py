@@ -1,0 +1,334 @@
+"""What `bench.kernels` measures: inputs, floors, references, peers and gates of every kernel.
+
+Each subject keeps several copies of its inputs, so that consecutive runs do not find them in the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench import kernel_peers as peers
+from kernels import dispatch
+from kernels.reference import attention as attention_reference
+from kernels.reference import layers as layers_reference
+from kernels.sampling import RowParams
+
+BF16 = torch.bfloat16
+VOCABS = (49152, 128256, 151936)
+GAMMA = 4
+TOP_K = 32
+_LARGE_BYTES = 50e6
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a figure of a row must reach.
+
+    `figure` is a field of the row, "vs_row" (time relative to the same kernel's at shape `against`) or "vs_peer"
+    (relative to the peer `against`).
+    """
+
+    name: str
+    figure: str
+    bound: float
+    at_least: bool
+    against: Any = None
+
+
+@dataclass(slots=True)
+class Subject:
+    """One kernel at one shape; `make` builds a copy of its inputs, `call` works on one."""
+
+    kernel: str
+    shape: dict[str, Any]
+    bytes: int
+    make: Callable[[int], Any]
+    call: Callable[[Any], object]
+    inputs_bytes: int
+    flops: int = 0
+    launches: int = 1
+    against: Callable[[Any], object] | None = None
+    rivals: dict[str, Callable[[Any], object]] = field(default_factory=dict)
+    gate: Gate | None = None
+    inputs: list[Any] = field(default_factory=list)
+
+    def build(self, copies: int) -> None:
+        """Make the inputs."""
+        self.inputs = [self.make(number) for number in range(copies)]
+
+    def free(self) -> None:
+        """Let go of the inputs."""
+        self.inputs = []
+
+    def run(self, number: int) -> object:
+        """Run the kernel on one copy."""
+        return self.call(self.inputs[number % len(self.inputs)])
+
+    @property
+    def reference(self) -> Callable[[int], object] | None:
+        """The plain-torch truth on one copy; None where it is left out."""
+        against = self.against
+        return None if against is None else lambda number: against(self.inputs[number % len(self.inputs)])
+
+    @property
+    def peers(self) -> dict[str, Callable[[int], object]]:
+        """Others on one copy."""
+        return {
+            name: (lambda number, rival=rival: rival(self.inputs[number % len(self.inputs)]))  # type: ignore[misc]
+            for name, rival in self.rivals.items()
+        }
+
+
+def subjects(only: tuple[str, ...], device: torch.device) -> Iterator[Subject]:
+    """Yield the subjects of the groups that are asked for, the most telling shapes first."""
+    builders = {
+        "sampler": _samplers, "cuts": _cuts, "attention": _attentions, "layers": _layers, "loss": _losses,
+        "merge": _merges,
+    }  # fmt: skip
+    for name in only:
+        yield from builders[name](device)
+
+
+# -- the sampler ---------------------------------------------------------------------------------
+
+
+def _params(rows: int, device: torch.device, *, top_p: float = 1.0, share: float = 0.5) -> RowParams:
+    """Half of the requests greedy, as they come; `top_p` for the rest."""
+    sampled = torch.arange(rows, device=device) // (GAMMA + 1) % 2 < 2 * share
+    return RowParams(
+        torch.where(sampled, 0.8, 0.0).float(), torch.full((rows,), top_p, device=device),
+        torch.zeros(rows, dtype=torch.long, device=device), torch.arange(rows, device=device) // (GAMMA + 1) + 7,
+        torch.arange(rows, device=device) + 100, None,
+    )  # fmt: skip
+
+
+def _samplers(device: torch.device) -> Iterator[Subject]:
+    for vocab in VOCABS:
+        for batch in (1, 8, 64, 256):
+            for coupling, top_k in (("gumbel", TOP_K), ("gumbel", 0), ("maximal", TOP_K)):
+                yield _sampler(device, vocab, batch, coupling, top_k)
+
+
+def _sampler(device: torch.device, vocab: int, batch: int, coupling: str, top_k: int) -> Subject:
+    rows = batch * (GAMMA + 1)
+    read = rows * vocab * 2 * (2 if coupling == "maximal" else 1)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * (GAMMA + 1)
+    params = _params(rows, device)
+
+    def make(number: int) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator(device=device).manual_seed(number)
+        logits = 3 * torch.randn(rows, vocab, generator=generator, device=device)
+        drafted = logits.argmax(-1).int()
+        drafted[GAMMA :: GAMMA + 1] = -1
+        draft = (logits + torch.randn(rows, vocab, generator=generator, device=device)).to(BF16)
+        return logits.to(BF16), drafted, draft if coupling == "maximal" else draft[:0]
+
+    def call(made: tuple[torch.Tensor, ...]) -> object:
+        return dispatch.verify(
+            made[0], params, starts, made[1], coupling=coupling, top_k=top_k,
+            draft_logits=made[2] if coupling == "maximal" else None,
+        )  # fmt: skip
+
+    large = read >= _LARGE_BYTES
+    name, figure, bound = ("70 % of bandwidth", "fraction_of_floor", 0.7) if large else ("15 microseconds", "ms", 0.015)
+    if not top_k:  # what recording costs: this row without it is what the one with it is compared with
+        gate = None
+    elif coupling == "gumbel" and large:
+        without = {"vocab": vocab, "batch": batch, "coupling": coupling, "top_k": 0}
+        gate = Gate("70 % of bandwidth", "fraction_of_floor", 0.7, True, without)
+    else:
+        gate = Gate(name, figure, bound, large)
+    rivals: dict[str, Callable[[Any], object]] = {}
+    if coupling == "gumbel":
+        rivals = {"eager": lambda made: peers.eager_sampler(made[0], made[1], top_k)}
+        if batch in (8, 64):
+            rivals["torch.compile"] = lambda made: peers.compiled_sampler(made[0], made[1], top_k)
+    return Subject(
+        "verify sampler", {"vocab": vocab, "batch": batch, "coupling": coupling, "top_k": top_k}, read, make, call,
+        read, launches=3, rivals=rivals, gate=gate,
+    )  # fmt: skip
+
+
+def _cuts(device: torch.device) -> Iterator[Subject]:
+    for vocab in VOCABS:
+        for batch in (1, 8, 64):
+            rows = batch * (GAMMA + 1)
+            params = _params(rows, device, top_p=0.9, share=1.0)
+
+            def make(number: int, rows: int = rows, vocab: int = vocab) -> torch.Tensor:
+                generator = torch.Generator(device=device).manual_seed(number)
+                return (3 * torch.randn(rows, vocab, generator=generator, device=device)).to(BF16)
+
+            yield Subject(
+                "cuts", {"vocab": vocab, "batch": batch, "top_p": 0.9}, rows * vocab * 2, make,
+                lambda logits, params=params: dispatch.cut_borders(logits, params), rows * vocab * 2,  # type: ignore[misc]
+                rivals={"sort": peers.sorted_nucleus},
+            )  # fmt: skip
+
+
+# -- attention and layers ------------------------------------------------------------------------
+
+
+def _attentions(device: torch.device) -> Iterator[Subject]:
+    """Heads as an 8B model has them: 32 of 128, 8 of them keys."""
+    for batch, context in ((1, 1024), (1, 16384), (8, 4096), (32, 4096), (64, 1024), (64, 4096)):
+        for queries in (1, GAMMA + 1):
+            yield _attention(device, batch, context, queries)
+
+
+def _attention(device: torch.device, batch: int, context: int, queries: int) -> Subject:
+    heads, kv_heads, dim, block = 32, 8, 128, 32
+    width = context // block
+    read = 2 * batch * context * kv_heads * dim * 2
+    lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * queries
+
+    def make(number: int) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator(device=device).manual_seed(number)
+        shape = (batch * width, block, kv_heads, dim)
+        keys, values = (torch.randn(shape, generator=generator, device=device).to(BF16) for _ in range(2))
+        query = torch.randn(batch * queries, heads, dim, generator=generator, device=device).to(BF16)
+        tables = torch.randperm(batch * width, generator=generator, device=device).int().view(batch, width)
+        return query, keys, values, tables
+
+    def call(made: tuple[torch.Tensor, ...]) -> object:
+        return dispatch.paged_attention(*made, starts, lengths, dim**-0.5, max_query=queries)
+
+    def gathered(made: tuple[torch.Tensor, ...]) -> object:
+        """SDPA on keys and values that lie side by side already: what gathering costs is left out."""
+        query, keys, values, _ = made
+        q = query.view(batch, queries, heads, dim).transpose(1, 2)
+        k, v = (item.view(batch, context, kv_heads, dim).transpose(1, 2) for item in (keys, values))
+        return scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    decode = {"batch": batch, "context": context, "queries": 1}
+    gate = None
+    if queries > 1:
+        gate = Gate("1.1 x decoding", "vs_row", 1.1, False, decode)
+    elif context >= 4096 and batch * kv_heads >= 32:
+        gate = Gate("80 % of bandwidth", "fraction_of_floor", 0.8, True)
+    return Subject(
+        "attention", decode | {"queries": queries}, read, make, call, read, launches=2,
+        flops=4 * batch * queries * context * heads * dim,
+        against=lambda made: attention_reference.paged_attention(*made, starts, lengths, dim**-0.5, max_query=queries),
+        rivals={
+            "sdpa, gathered before": gathered,
+            "flex attention, gathered before": lambda made: peers.flex(made, batch, context, queries, heads, kv_heads),
+            "varlen attention, gathered before": lambda made: peers.varlen(made, starts, context, queries, kv_heads),
+        }, gate=gate,
+    )  # fmt: skip
+
+
+def _layers(device: torch.device) -> Iterator[Subject]:
+    for tokens in (1, 8, 64, 320):
+        yield from _pointwise(device, tokens, hidden=4096, ffn=14336)
+
+
+def _pointwise(device: torch.device, tokens: int, hidden: int, ffn: int) -> Iterator[Subject]:
+    weight = torch.ones(hidden, dtype=BF16, device=device)
+
+    def rows(width: int) -> Callable[[int], torch.Tensor]:
+        return lambda number: torch.full((tokens, width), 0.1 + number, dtype=BF16, device=device)
+
+    def pair(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows(hidden)(number), rows(hidden)(number)
+
+    norm_bytes, silu_bytes = 4 * tokens * hidden * 2, 3 * tokens * ffn * 2
+    yield Subject(
+        "add-norm", {"tokens": tokens, "hidden": hidden}, norm_bytes, pair,
+        lambda made: dispatch.add_rms_norm(made[0], made[1], weight, 1e-5), norm_bytes,
+        against=lambda made: layers_reference.add_rms_norm(made[0], made[1], weight, 1e-5),
+        rivals={"torch.compile": lambda made: peers.compiled_norm(made[0], made[1], weight)},
+    )  # fmt: skip
+    yield Subject(
+        "silu-mul", {"tokens": tokens, "width": ffn}, silu_bytes, rows(2 * ffn), dispatch.silu_mul, silu_bytes,
+        against=layers_reference.silu_mul, rivals={"torch.compile": peers.compiled_silu},
+    )  # fmt: skip
+    yield _rope(device, tokens)
+
+
+def _rope(device: torch.device, tokens: int) -> Subject:
+    heads, kv_heads, dim, block = 32, 8, 128, 32
+    blocks = -(-tokens // block) + 1
+    cos, sin = (torch.rand(4096, dim, device=device).to(BF16) for _ in range(2))
+    positions = torch.arange(tokens, device=device)
+
+    def make(number: int) -> tuple[torch.Tensor, ...]:
+        qkv = torch.full((tokens, (heads + 2 * kv_heads) * dim), 0.1 + number, dtype=BF16, device=device)
+        keys, values = (torch.zeros(blocks, block, kv_heads, dim, dtype=BF16, device=device) for _ in range(2))
+        return qkv, keys, values
+
+    def run(form: Any, made: tuple[torch.Tensor, ...]) -> object:
+        return form(made[0], cos, sin, positions, positions, made[1], made[2], heads=heads)
+
+    size = 2 * tokens * (heads + 2 * kv_heads) * dim * 2
+    return Subject(
+        "rope-and-write", {"tokens": tokens, "heads": heads, "kv_heads": kv_heads}, size, make,
+        lambda made: run(dispatch.rope_and_write, made), size,
+        against=lambda made: run(layers_reference.rope_and_write, made),
+    )  # fmt: skip
+
+
+# -- learning ------------------------------------------------------------------------------------
+
+
+def _losses(device: torch.device) -> Iterator[Subject]:
+    for rows, hidden, vocab in ((4096, 576, 49152), (4096, 1024, 151936), (1024, 1024, 151936)):
+        yield _loss(device, rows, hidden, vocab)
+
+
+def _loss(device: torch.device, rows: int, hidden: int, vocab: int) -> Subject:
+    from kernels.sparse_loss import SparseTeacherLoss
+
+    head = torch.randn(vocab, hidden, device=device).mul_(0.02).to(BF16)
+    weights = torch.ones(rows, device=device)
+
+    def make(number: int) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator(device=device).manual_seed(number)
+        states = torch.randn(rows, hidden, generator=generator, device=device).to(BF16)
+        ids = torch.randint(0, vocab, (rows, TOP_K), generator=generator, device=device)
+        logprobs = torch.log_softmax(torch.randn(rows, TOP_K, generator=generator, device=device), -1) - 0.05
+        return states.requires_grad_(True), ids, logprobs
+
+    def call(made: tuple[torch.Tensor, ...]) -> object:
+        loss = SparseTeacherLoss.apply(made[0], head, made[1], made[2], weights, 0.5, 1024)[0]
+        return torch.autograd.grad(loss, made[0])
+
+    return Subject(
+        "sparse loss", {"rows": rows, "hidden": hidden, "vocab": vocab}, 5 * rows * vocab * 2, make, call,
+        rows * hidden * 2, flops=4 * rows * vocab * hidden, launches=8,
+        rivals={
+            "torch.compile, dense": lambda made: peers.compiled_loss(made[0], head, made[1], made[2]),
+            "liger": lambda made: peers.liger_loss(made[0], head),
+        }, gate=Gate("60 % of Liger", "vs_peer", 0.6, False, "liger"),
+    )  # fmt: skip
+
+
+def _merges(device: torch.device) -> Iterator[Subject]:
+    """All linear layers of a 135 M and of a half-billion model, as a swap merges them."""
+    for name, hidden, ffn, layers, kv in (("135 M", 576, 1536, 30, 192), ("0.5 B", 896, 4864, 24, 128)):
+        yield _merge(device, name, hidden, ffn, layers, kv)
+
+
+def _merge(device: torch.device, name: str, hidden: int, ffn: int, layers: int, kv: int) -> Subject:
+    shapes = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(ffn, hidden)] * 2 + [(hidden, ffn)]
+    size = sum(rows * columns for rows, columns in shapes) * layers * 2
+
+    def make(number: int) -> list[tuple[torch.Tensor, ...]]:
+        made = []
+        for rows, columns in shapes * layers:
+            base = torch.full((rows, columns), 0.01 * number, dtype=BF16, device=device)
+            a, b = torch.full((16, columns), 0.01, device=device), torch.full((rows, 16), 0.01, device=device)
+            made.append((torch.empty_like(base), base, a, b))
+        return made
+
+    return Subject(
+        "lora merge", {"model": name, "rank": 16}, 2 * size, make, peers.merge_all, 2 * size,
+        launches=len(shapes) * layers, against=peers.merge_all_plain,
+        gate=Gate("1 millisecond", "ms", 1.0, False) if name == "0.5 B" else None,
+    )  # fmt: skip
