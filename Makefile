@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install up demo test test-slow lint fmt docs bench bench-record bench-load clean
+.PHONY: help install up demo test test-slow lint fmt docs bench bench-record bench-load bench-gpu clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +59,16 @@ bench-record: install  ## measure what logging costs, some minutes
 bench-load: install  ## compare token counts with guidellm's: make bench-load GUIDELLM=/path/to/guidellm
 	$(BIN)/python -m bench.load --guidellm $(GUIDELLM) --json bench/results/load.json
 	$(BIN)/python docs/generate.py
+
+# On a machine that only measures, nothing is installed: what is there already is enough.
+BENCH_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+TARGET ?= $(wildcard $(HOME)/.cache/draftsmith/models/smollm2-135m-instruct)
+GPU = $(shell $(BENCH_PYTHON) -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower())' 2>/dev/null)
+
+bench-gpu:  ## measure kernels and engine on a CUDA GPU, under 9 minutes: make bench-gpu [TARGET=FOLDER]
+	@test -n "$(GPU)" || { echo "bench-gpu needs a CUDA device; PyTorch finds none here"; exit 2; }
+	$(BENCH_PYTHON) -m bench.kernels --minutes 2.5 --json bench/results/$(GPU)-kernels.json
+	$(BENCH_PYTHON) -m bench.gpu --minutes 5 $(if $(TARGET),--target $(TARGET)) --json bench/results/$(GPU)-engine.json
 
 clean:  ## remove the environment, caches and build outputs; never the data folder
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from adapter import artifacts
 from adapter.contracts import FLOOR_VERSION, ArtifactError, RegistryError
 from adapter.following import Follower, forbid
-from adapter.lora import base_weights, load_factors, merge
+from adapter.lora import base_weights, load_factors, merge, merge_all
 from adapter.pairs import Pair, expected_tensors
 from adapter.registry import Registry
 from adapter.versions import Live
@@ -48,15 +48,17 @@ class DraftSlots:
     """Resident drafts by version: the base draft and up to three merged ones, at fixed addresses.
 
     Slots share embedding, head and norms; only the linear layers a version may change are their own.
-    `finish` is run on a slot after its weights were written, before it is served.  A version that is
-    dropped may still be drafting: its slot is written again only after `reclaim`.
+    `write` merges the weights as `adapter.lora.merge_all` does; `finish` is run on a slot after that, before it is
+    served.  A version that is dropped may still be drafting: its slot is written again only after `reclaim`.
     """
 
     def __init__(
-        self, base_model: Any, pair: Pair, max_norm_ratio: float, finish: Callable[[Any], None] = lambda model: None
-    ) -> None:
+        self, base_model: Any, pair: Pair, max_norm_ratio: float, finish: Callable[[Any], None] = lambda model: None,
+        write: Callable[[Any, float], torch.Tensor] = merge_all,
+    ) -> None:  # fmt: skip
         self._pair = pair
         self._finish = finish
+        self._write = write
         self._max_norm_ratio = max_norm_ratio
         self._modules = list(pair.lora_shapes)
         self._pristine = base_weights(base_model, self._modules)
@@ -94,7 +96,10 @@ class DraftSlots:
         )  # fmt: skip
         slot = self._spare.pop() if self._spare else self._new_slot()
         try:
-            merge(slot, self._pristine, load_factors(path), manifest.scale, max_norm_ratio=self._max_norm_ratio)
+            merge(
+                slot, self._pristine, load_factors(path), manifest.scale, max_norm_ratio=self._max_norm_ratio,
+                write=self._write,
+            )  # fmt: skip
             self._finish(slot)
             check(slot)
         except BaseException:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -21,35 +23,56 @@ def base_weights(model: Any, modules: list[str]) -> dict[str, torch.Tensor]:
     return {name: model.get_submodule(name).weight.detach().clone() for name in modules}
 
 
+class Module(NamedTuple):
+    """One linear layer that is merged.  Shapes: out and base [out, in]; a [rank, in]; b [out, rank]."""
+
+    out: torch.Tensor
+    base: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def merge_all(modules: list[Module], scale: float) -> torch.Tensor:
+    """Write base + scale * b @ a into every module.
+
+    Shapes: result [modules, 3] float32: the squared norms of the update and of the base, and how many numbers of
+    the update are not finite.
+    """
+    figures = []
+    for out, base, a, b in modules:
+        update = scale * (b @ a)
+        out.copy_(base.float() + update)
+        figures.append(torch.stack((update.square().sum(), base.float().square().sum(), (~update.isfinite()).sum())))
+    return torch.stack(figures)
+
+
 @torch.no_grad()
 def merge(
-    model: Any,
-    base: dict[str, torch.Tensor],
-    factors: dict[str, torch.Tensor],
-    scale: float,
-    *,
-    max_norm_ratio: float | None = None,
-) -> None:
+    model: Any, base: dict[str, torch.Tensor], factors: dict[str, torch.Tensor], scale: float, *,
+    max_norm_ratio: float | None = None, write: Callable[[Any, float], torch.Tensor] = merge_all,
+) -> None:  # fmt: skip
     """Write W0 + scale * B @ A into the model's weights in place; without factors, write W0.
 
     Shapes: factors "<module>.lora_A" [rank, in] and "<module>.lora_B" [out, rank].
-    The sum is formed in float32 and rounded once, so versions never accumulate rounding.
+    The sum is formed in float32 and rounded once, so versions never accumulate rounding.  `write` does it, and
+    returns what `merge_all` does.
 
     Raises:
-        ArtifactError: an update is not finite, or larger than `max_norm_ratio` times its weight.
+        ArtifactError: an update is not finite, or larger than `max_norm_ratio` times its weight; the model's
+            weights are of no use then.
     """
-    for name, pristine in base.items():
-        weight = model.get_submodule(name).weight
-        if not factors:
-            weight.copy_(pristine)
-            continue
-        b, a = (factors[f"{name}.lora_{part}"].to(weight.device) for part in "BA")
-        update = scale * (b @ a)
-        size, limit = float(update.norm()), float(pristine.float().norm())
-        if not torch.isfinite(update).all():
+    weights = {name: model.get_submodule(name).weight for name in base}
+    if not factors:
+        for name, weight in weights.items():
+            weight.copy_(base[name])
+        return
+    moved = {name: tensor.to(weights[name.rpartition(".")[0]].device) for name, tensor in factors.items()}
+    modules = [Module(weights[name], base[name], moved[f"{name}.lora_A"], moved[f"{name}.lora_B"]) for name in base]
+    for name, (update, pristine, broken) in zip(base, write(modules, scale).tolist(), strict=True):
+        size, limit = math.sqrt(update) if update >= 0 else update, math.sqrt(pristine)
+        if broken or not math.isfinite(size):
             raise ArtifactError(f"the update of {name} is not finite")
         if max_norm_ratio is not None and size > max_norm_ratio * limit:
             raise ArtifactError(
                 f"the update of {name} has norm {size:.3g}, more than {max_norm_ratio:g} x its weight's {limit:.3g}"
             )
-        weight.copy_(pristine.float() + update)

@@ -244,8 +244,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="file of the result")
     parser.add_argument("--target", type=Path, help="folder of SmolLM2-135M-Instruct; without it, random weights only")
-    parser.add_argument("--minutes", type=float, default=Options.minutes, help="time for everything, about")
-    parser.add_argument("--device", default=Options.device, help="cuda, or cpu to try the program itself")
+    parser.add_argument("--minutes", type=float, default=Options().minutes, help="time for everything, about")
+    parser.add_argument("--device", default=Options().device, help="cuda, or cpu to try the program itself")
     arguments = parser.parse_args()
     options = Options(target=arguments.target, minutes=arguments.minutes, device=arguments.device)
     try:

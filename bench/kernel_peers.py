@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, silu
 
+from kernels.reference.lora_merge import Module
+
 
 def eager_sampler(logits: torch.Tensor, drafted: torch.Tensor, top_k: int) -> object:
     """The passes an ordinary rejection sampler makes over probabilities in memory, and a separate top-k for a log."""
@@ -106,15 +108,8 @@ def liger_loss(states: torch.Tensor, head: torch.Tensor) -> object:
     return torch.autograd.grad(loss, states)
 
 
-def merge_all(modules: list[tuple[torch.Tensor, ...]]) -> object:
-    """Merge every module with the kernel."""
-    from kernels.gpu.lora_merge import merge_modules
-
-    return merge_modules([(out, base, a, b, 2.0) for out, base, a, b in modules])
-
-
-def merge_all_plain(modules: list[tuple[torch.Tensor, ...]]) -> object:
-    """Merge every module in plain torch."""
+def merge_in_torch(modules: list[Module]) -> object:
+    """Merge every module in plain torch, without figures."""
     for out, base, a, b in modules:
         out.copy_(base.float() + 2.0 * (b @ a))
     return modules

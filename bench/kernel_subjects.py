@@ -16,6 +16,7 @@ from bench import kernel_peers as peers
 from kernels import dispatch
 from kernels.reference import attention as attention_reference
 from kernels.reference import layers as layers_reference
+from kernels.reference.lora_merge import Module
 from kernels.sampling import RowParams
 
 BF16 = torch.bfloat16
@@ -319,16 +320,17 @@ def _merge(device: torch.device, name: str, hidden: int, ffn: int, layers: int, 
     shapes = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(ffn, hidden)] * 2 + [(hidden, ffn)]
     size = sum(rows * columns for rows, columns in shapes) * layers * 2
 
-    def make(number: int) -> list[tuple[torch.Tensor, ...]]:
+    def make(number: int) -> list[Module]:
         made = []
         for rows, columns in shapes * layers:
             base = torch.full((rows, columns), 0.01 * number, dtype=BF16, device=device)
             a, b = torch.full((16, columns), 0.01, device=device), torch.full((rows, 16), 0.01, device=device)
-            made.append((torch.empty_like(base), base, a, b))
+            made.append(Module(torch.empty_like(base), base, a, b))
         return made
 
     return Subject(
-        "lora merge", {"model": name, "rank": 16}, 2 * size, make, peers.merge_all, 2 * size,
-        launches=len(shapes) * layers, against=peers.merge_all_plain,
+        "lora merge", {"model": name, "rank": 16}, 2 * size, make,
+        lambda modules: dispatch.merge_all(modules, 2.0), 2 * size,
+        launches=len(shapes) * layers, against=peers.merge_in_torch,
         gate=Gate("1 millisecond", "ms", 1.0, False) if name == "0.5 B" else None,
     )  # fmt: skip

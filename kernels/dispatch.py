@@ -16,6 +16,9 @@ from kernels.cpu.library import unavailable
 from kernels.noise import Purpose
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kernels.reference.lora_merge import Module
     from kernels.sampling import RowParams
     from kernels.verdicts import Draws, Verdicts
 
@@ -144,8 +147,23 @@ def paged_attention(
     if query.is_cuda:
         from kernels.gpu.attention import paged_attention as form
     else:
-        from kernels.reference.attention import paged_attention as form
+        from kernels.reference.attention import paged_attention as form  # type: ignore[assignment]
     return form(query, keys, values, tables, starts, lengths, scaling, max_query=max_query)
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+
+def merge_all(modules: Sequence[Module], scale: float) -> torch.Tensor:
+    """Write W0 + scale * B A into every module, and return the figures of each; see `kernels.reference.lora_merge`.
+
+    Shapes: result [modules, 3] float32: squared norms of the update and of W0, numbers that are not finite.
+    """
+    if modules and modules[0].out.is_cuda:
+        from kernels.gpu.lora_merge import merge_all as form
+    else:
+        from kernels.reference.lora_merge import merge_all as form
+    return form(modules, scale)
 
 
 def _compiled(values: torch.Tensor) -> bool:

@@ -12,7 +12,8 @@ and the tails p_t = 1 - Σ_K p, q_t = 1 - Σ_K q (both clamped to 1e-6):
 
 Outside K every gradient is q_j times one number per row, so dL/dh = c (q with K zeroed) W + Σ_K g_j W_j:
 a chunk of logits is written by one GEMM, turned into q in place by one fused softmax, and read by the
-second GEMM.  The head is frozen, so its gradient is never formed.
+second GEMM.  The head is frozen, so its gradient is never formed.  On CUDA one kernel between the two GEMMs makes
+figures and gradient of a chunk (`kernels.gpu.sparse_loss`): logits in the dtype of the head, statistics in float32.
 
 Shapes: hidden [n, h]; head [vocab, h]; topk_ids [n, k] int64; topk_logprobs [n, k]; weights [n].
 Knows nothing about blocks, models or optimizers.  Called by `distill.losses`.
@@ -26,6 +27,8 @@ import torch
 
 _TINY = 1e-6  # floor of both tails and of the acceptance
 _MIN_NORMAL = 1e-37
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # float16 would lose gradients below 6e-8
+_KERNEL_ROWS = 512
 
 
 def teacher_law(topk_logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,30 +60,15 @@ class SparseTeacherLoss(torch.autograd.Function):
         chunk_rows: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Walk the rows in chunks; the gradient for an upstream of one is kept for `backward`."""
-        rows, vocab = hidden.shape[0], head.shape[0]
-        inputs, weights = hidden.detach().to(head.dtype), weights.detach().to(head.dtype)
-        buffer = head.new_empty(min(chunk_rows, rows), vocab)
-        kl, alpha = head.new_empty(rows), head.new_empty(rows)
-        grad = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
-        for start in range(0, rows, chunk_rows):
-            part = slice(start, min(start + chunk_rows, rows))
-            ids, p, p_tail = topk_ids[part], *teacher_law(topk_logprobs[part].to(head.dtype))
-            q_all = torch.mm(inputs[part], head.t(), out=buffer[: ids.shape[0]])
-            torch.softmax(q_all, dim=-1, out=q_all)
-            q = q_all.gather(1, ids)
-            q_tail = (1.0 - q.sum(-1)).clamp_min(_TINY)
-            kl[part], alpha[part] = _figures(p, p_tail, q, q_tail)
-            if grad is None:
-                continue
-            inside, outside = _slopes(p, p_tail, q, q_tail, alpha[part], kl_share)
-            q_all.scatter_(1, ids, 0.0)
-            torch.mm(q_all, head, out=grad[part])
-            grad[part].mul_((outside * weights[part]).unsqueeze(1))
-            inside = inside.mul_(weights[part].unsqueeze(1)).contiguous()
-            grad[part] += torch.nn.functional.embedding_bag(ids, head, mode="sum", per_sample_weights=inside)
+        with_gradient = ctx.needs_input_grad[0]
+        walk = walk_by_kernel if hidden.is_cuda and head.dtype in _KERNEL_DTYPES else walk_by_torch
+        kl, alpha, grad = walk(
+            hidden.detach(), head, topk_ids, topk_logprobs, weights.detach(), kl_share, chunk_rows, with_gradient
+        )
         if grad is not None:
             ctx.save_for_backward(grad.to(hidden.dtype))
         ctx.mark_non_differentiable(kl, alpha)
+        weights = weights.detach().to(kl.dtype)
         loss = weights @ kl * kl_share - weights @ alpha.log() * (1.0 - kl_share)
         return loss, kl, alpha
 
@@ -89,6 +77,76 @@ class SparseTeacherLoss(torch.autograd.Function):
         """Scale the kept gradient."""
         (grad,) = ctx.saved_tensors
         return grad * upstream[0].to(grad.dtype), None, None, None, None, None, None
+
+
+def walk_by_torch(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_logprobs: torch.Tensor,
+    weights: torch.Tensor,
+    kl_share: float,
+    chunk_rows: int,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return KL [n], α [n] and, where asked, the gradient [n, h] for an upstream of one; all in the head's dtype."""
+    rows, vocab = hidden.shape[0], head.shape[0]
+    inputs, weights = hidden.to(head.dtype), weights.to(head.dtype)
+    buffer = head.new_empty(min(chunk_rows, rows), vocab)
+    kl, alpha = head.new_empty(rows), head.new_empty(rows)
+    grad = torch.empty_like(inputs) if with_gradient else None
+    for start in range(0, rows, chunk_rows):
+        part = slice(start, min(start + chunk_rows, rows))
+        ids, p, p_tail = topk_ids[part], *teacher_law(topk_logprobs[part].to(head.dtype))
+        q_all = torch.mm(inputs[part], head.t(), out=buffer[: ids.shape[0]])
+        torch.softmax(q_all, dim=-1, out=q_all)
+        q = q_all.gather(1, ids)
+        q_tail = (1.0 - q.sum(-1)).clamp_min(_TINY)
+        kl[part], alpha[part] = _figures(p, p_tail, q, q_tail)
+        if grad is None:
+            continue
+        inside, outside = _slopes(p, p_tail, q, q_tail, alpha[part], kl_share)
+        q_all.scatter_(1, ids, 0.0)
+        torch.mm(q_all, head, out=grad[part])
+        grad[part].mul_((outside * weights[part]).unsqueeze(1))
+        inside = inside.mul_(weights[part].unsqueeze(1)).contiguous()
+        grad[part] += torch.nn.functional.embedding_bag(ids, head, mode="sum", per_sample_weights=inside)
+    return kl, alpha, grad
+
+
+def walk_by_kernel(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_logprobs: torch.Tensor,
+    weights: torch.Tensor,
+    kl_share: float,
+    chunk_rows: int,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return what `walk_by_torch` does, KL and α in float32, with one kernel a chunk between the two products.
+
+    Chunks have at least 512 rows: below that, reading the head twice a chunk costs more than the products.
+    """
+    from kernels.gpu.sparse_loss import loss_rows
+
+    rows, vocab = hidden.shape[0], head.shape[0]
+    chunk_rows = max(chunk_rows, _KERNEL_ROWS)
+    inputs, weights = hidden.to(head.dtype), weights.float().contiguous()
+    topk_ids, topk_logprobs = topk_ids.contiguous(), topk_logprobs.contiguous()
+    buffer = head.new_empty(min(chunk_rows, rows), vocab)
+    kl, alpha = (head.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    grad = torch.empty_like(inputs) if with_gradient else None
+    for start in range(0, rows, chunk_rows):
+        part = slice(start, min(start + chunk_rows, rows))
+        logits = torch.mm(inputs[part], head.t(), out=buffer[: part.stop - start])
+        loss_rows(
+            logits, topk_ids[part], topk_logprobs[part], weights[part], kl_share, kl[part], alpha[part],
+            with_gradient=with_gradient,
+        )  # fmt: skip
+        if grad is not None:
+            torch.mm(logits, head, out=grad[part])
+    return kl, alpha, grad
 
 
 def _figures(

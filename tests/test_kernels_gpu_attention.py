@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.gpu import attention
 from kernels.gpu.attention import paged_attention
+from kernels.gpu.attention_plan import plan
 from kernels.reference.attention import paged_attention as reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -284,7 +284,7 @@ def test_attention_plan_fills_the_machine():
     """Few requests are split, many are not, no split is shorter than 256 tokens, and long tables keep some splits."""
 
     def splits(requests, span, kv_heads=8):
-        (launch,) = attention.plan(requests, requests, 4, kv_heads, span, 1)
+        (launch,) = plan(requests, requests, 4, kv_heads, span, 1)
         return launch.splits
 
     assert splits(1, 32768) == 32
@@ -297,7 +297,7 @@ def test_attention_plan_fills_the_machine():
 @pytest.mark.parametrize(("group", "max_query", "rows"), [(1, 1, 16), (3, 5, 16), (3, 6, 32), (7, 9, 64), (8, 9, 128)])
 def test_attention_packs_all_queries_of_a_round_into_one_tile(group, max_query, rows):
     """Verify rows times group heads share one tile, so that the cache is read once for each key head."""
-    (launch,) = attention.plan(1000, 8, group, 2, 4096, max_query)
+    (launch,) = plan(1000, 8, group, 2, 4096, max_query)
     assert (launch.rows, launch.tiles, launch.tiled) == (rows, 8, False)
 
 

@@ -38,8 +38,8 @@ def assert_same_cut(logits: torch.Tensor, params: RowParams, borders: torch.Tens
     """The kept sets are equal, or differ in tokens whose cumulative mass is within 1e-5 of top-p."""
     kept, wanted = logits.float() >= borders[:, None], kept_by_law(logits, params)
     for row in torch.nonzero((kept != wanted).any(-1)).flatten().tolist():
-        only_k = RowParams(*(item[row : row + 1] for item in (
-            params.temperature, torch.ones_like(params.top_p), params.top_k, params.seeds, params.positions)))  # fmt: skip
+        own = params.rows(torch.tensor([row]))
+        only_k = RowParams(own.temperature, torch.ones(1), own.top_k, own.seeds, own.positions)
         scaled = shape_logits(logits[row : row + 1].float(), only_k).double()[0]
         mass = torch.softmax(scaled, -1)
         for token in torch.nonzero(kept[row] != wanted[row]).flatten().tolist():
@@ -47,8 +47,10 @@ def assert_same_cut(logits: torch.Tensor, params: RowParams, borders: torch.Tens
             assert abs(before - float(params.top_p[row])) < 1e-5, (row, token)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocab", [13, 1000, 4099])
+@pytest.mark.parametrize(
+    ("vocab", "dtype"),
+    [(13, torch.float32), (4099, torch.float32), (1000, torch.bfloat16), (4099, torch.bfloat16), (1000, torch.float16)],
+)
 def test_cut_keeps_what_sampling_keeps(vocab: int, dtype: torch.dtype) -> None:
     """Every mix of temperature, top-k, top-p and min-p gives the law's own set, and its smallest logit."""
     logits, params = logits_of(len(MIXED), vocab, seed=vocab).to(dtype), params_of(MIXED)
@@ -59,16 +61,16 @@ def test_cut_keeps_what_sampling_keeps(vocab: int, dtype: torch.dtype) -> None:
     assert (logits.float()[finite] == borders[finite, None]).any(-1).all()
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.02, 1.0, 40.0])
+@pytest.mark.parametrize("spread", [0.0, 0.02, 40.0])
 def test_cut_of_flat_and_of_steep_rows(spread: float) -> None:
     """Rows whose tokens all tie, hardly differ (more of them than the buffer takes), or leave one, are cut alike."""
-    logits, params = logits_of(6, 9001, 5, spread), params_of([MIXED[i] for i in (0, 1, 3, 5, 6, 8)])
+    logits, params = logits_of(3, 9001, 5, spread), params_of([MIXED[i] for i in (1, 3, 8)])
     assert_same_cut(logits, params, cuts.cut_borders(logits, params))
 
 
 def test_cut_reads_the_row_where_the_buffer_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for 64 tokens the borders are those with room for 8192."""
-    logits, params = logits_of(len(MIXED), 4099, 6, 1.0), params_of(MIXED)
+    logits, params = logits_of(4, 2100, 6, 1.0), params_of(MIXED[:4])
     wide = cuts.cut_borders(logits, params)
     monkeypatch.setattr(cuts, "_ROOM", 64)
     assert torch.equal(cuts.cut_borders(logits, params), wide)
@@ -76,7 +78,7 @@ def test_cut_reads_the_row_where_the_buffer_overflows(monkeypatch: pytest.Monkey
 
 def test_cut_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone (in many splits) and among others (in one), a row of 9001 tokens has the same border, to the bit."""
-    logits, params = logits_of(len(MIXED), 9001, 7), params_of(MIXED)
+    logits, params = logits_of(3, 9001, 7), params_of([MIXED[i] for i in (1, 3, 5)])
     split = cuts.cut_borders(logits, params)
     monkeypatch.setattr(cuts, "_PROGRAMS", 1)
     assert torch.equal(cuts.cut_borders(logits, params), split)
@@ -89,16 +91,16 @@ def test_cut_keeps_ties_that_only_the_temperature_makes() -> None:
     for _ in range(15):
         near.append(torch.nextafter(near[-1], torch.tensor(0.0)))
     row = torch.cat((torch.stack(near), logits_of(1, 200, 8)[0].clamp(max=7.0)))
-    rows = [(1.37, k, p, 0.0) for k in range(1, 9) for p in (1.0, 0.2)]
+    rows = [(1.37, k, p, 0.0) for k in (1, 2, 5, 8) for p in (1.0, 0.2)]
     logits, params = row.expand(len(rows), -1).contiguous(), params_of(rows)
     assert torch.equal(logits >= cuts.cut_borders(logits, params)[:, None], kept_by_law(logits, params))
 
 
 def test_cut_counts_forbidden_tokens_last() -> None:
     """Rows that constraints left 30 tokens, or one, or none, are cut among those."""
-    rows = [MIXED[i] for i in (0, 1, 3, 5, 6)]
-    logits = logits_of(15, 1000, 9)
-    logits[:5, 30:], logits[5:10, 1:], logits[10:] = -INF, -INF, -INF
+    rows = [MIXED[i] for i in (0, 3, 6)]
+    logits = logits_of(9, 1000, 9)
+    logits[:3, 30:], logits[3:6, 1:], logits[6:] = -INF, -INF, -INF
     params = params_of(rows * 3)
     borders = cuts.cut_borders(logits, params)
     finite = logits > -INF
@@ -116,18 +118,18 @@ def test_cut_survives_rows_that_are_no_law() -> None:
 
 
 def test_cut_touches_nothing_but_its_borders() -> None:
-    """Logits that lie between NaN stay as they are, and NaN beside a row never enters it."""
-    guarded = torch.full((14, 1000), NAN)
-    guarded[1:13] = logits_of(12, 1000, 11)
-    logits, before = guarded[1:13], guarded.clone()
-    assert_same_cut(logits, params_of(MIXED), cuts.cut_borders(logits, params_of(MIXED)))
+    """Rows of a wider tensor that lie between NaN stay as they are, and NaN beside a row never enters it."""
+    guarded = torch.full((6, 1020), NAN)
+    guarded[1:5, 10:-10] = logits_of(4, 1000, 11)
+    logits, before, params = guarded[1:5, 10:-10], guarded.clone(), params_of(MIXED[:4])
+    assert_same_cut(logits, params, cuts.cut_borders(logits, params))
     assert torch.equal(guarded.nan_to_num(7.5), before.nan_to_num(7.5))
 
 
 def test_cut_takes_no_rows_and_no_min_p() -> None:
     """Zero rows give zero borders; min-p None is off for every row."""
     assert cuts.cut_borders(torch.empty(0, 40), params_of(MIXED).rows(torch.tensor([], dtype=torch.long))).shape == (0,)
-    logits, params = logits_of(len(MIXED), 300, 12), params_of(MIXED, with_min_p=False)
+    logits, params = logits_of(4, 300, 12), params_of(MIXED[:4], with_min_p=False)
     assert_same_cut(logits, params, cuts.cut_borders(logits, params))
 
 

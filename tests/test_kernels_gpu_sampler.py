@@ -6,19 +6,19 @@ The statistics are those of `kernels.reference.verify`, which is vectorised; the
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import pairwise
 
 import pytest
 import torch
 from scipy.stats import chisquare
 
-pytest.importorskip("triton")
-
-from kernels.gpu import sampler
 from kernels.noise import Purpose
 from kernels.reference import verify as reference
 from kernels.sampling import RowParams, shape_logits
 from kernels.verdicts import Verdicts
 from kernels.verify import verify_gumbel, verify_maximal
+
+sampler = pytest.importorskip("kernels.gpu.sampler")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 COUPLINGS = ("gumbel", "maximal")
@@ -74,10 +74,9 @@ def _verify(arguments, device: str = "cpu") -> Verdicts:
 
 def _examined(starts: torch.Tensor, verdicts: Verdicts) -> torch.Tensor:
     """Name the rows up to the first rejection of each request, whose records count."""
-    return torch.tensor([
-        row for first, end, kept in zip(starts[:-1].tolist(), starts[1:].tolist(), verdicts.accepted.tolist(), strict=True)
-        for row in range(first, min(end, first + kept + 1))
-    ], dtype=torch.long)  # fmt: skip
+    edges, accepted = pairwise(starts.tolist()), verdicts.accepted.tolist()
+    rows = [range(first, min(end, first + kept + 1)) for (first, end), kept in zip(edges, accepted, strict=True)]
+    return torch.tensor([row for part in rows for row in part], dtype=torch.long)
 
 
 def _assert_same(ours: Verdicts, true: Verdicts, starts: torch.Tensor) -> None:
@@ -122,13 +121,13 @@ def test_reference_says_what_the_host_form_says(coupling):
         purpose = Purpose.DRAFT if coupling == "maximal" else Purpose.SAMPLE
         tokens = reference.draw(arguments["draft_logits"], params, purpose).tokens.int()
         arguments["drafted"] = torch.where(arguments["drafted"] < 0, -1, tokens)
-        drafts = [arguments["drafted"][first : end - 1].tolist() for first, end in zip(starts, starts[1:], strict=False)]
+        drafts = [arguments["drafted"][first : end - 1].tolist() for first, end in pairwise(starts)]
         scaled = shape_logits(arguments["logits"], params)
         if coupling == "gumbel":
             expected = verify_gumbel(scaled, params, drafts)
         else:
             ours = shape_logits(arguments["draft_logits"], params)
-            ours = [ours[first : end - 1] for first, end in zip(starts, starts[1:], strict=False)]
+            ours = [ours[first : end - 1] for first, end in pairwise(starts)]
             expected = verify_maximal(scaled, params, drafts, ours)
         found = reference.verify(**arguments)
         assert list(zip(found.accepted.tolist(), found.tokens.tolist(), strict=True)) == expected
@@ -141,8 +140,8 @@ def test_reference_says_what_the_host_form_says(coupling):
 @pytest.mark.parametrize("purpose", [Purpose.SAMPLE, Purpose.DRAFT])
 def test_sampler_draws_what_the_reference_draws(device, purpose):
     """Draws of whole rows, and of rows that hold every third token, equal the reference's and each other's."""
-    logits = 2.0 * torch.randn(8, 1500, generator=torch.Generator().manual_seed(4))
-    params = _params(8, seed=4)
+    logits = 2.0 * torch.randn(5, 1500, generator=torch.Generator().manual_seed(4))
+    params = _params(5, seed=4)
     some = torch.arange(1, 1500, 3)
     holes = torch.full_like(logits, -torch.inf)
     holes[:, some] = logits[:, some]
@@ -165,21 +164,21 @@ def test_sampler_draws_what_the_reference_draws(device, purpose):
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_sampler_gives_a_row_the_same_however_it_is_cut(coupling, monkeypatch):
     """Ranges of one block, of several, or one for the whole row: the same tokens, ids and records."""
-    arguments = _round(2500, [2, 0], coupling, seed=3)
+    arguments = _round(2500, [1, 0], coupling, seed=3)
     whole = _verify(arguments)
     monkeypatch.setattr(sampler, "_BLOCK_BYTES", 2048)
-    for programs in (1, 10):
+    for programs in (1, 7):
         monkeypatch.setattr(sampler, "_PROGRAMS", programs)
-        assert sampler.ranges(4, 2500, 512)[1] > 1
+        assert sampler.ranges(3, 2500, 512)[1] > 1
         _assert_same(_verify(arguments), whole, arguments["starts"])
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_sampler_does_not_look_at_the_rest_of_the_batch(coupling):
     """Requests in another order, with rows of no request behind them, get the verdicts they got."""
-    arguments = _round(130, [3, 1, 0, 2], coupling, seed=9)
+    arguments = _round(130, [2, 1, 0, -1], coupling, seed=9)
     starts, before = arguments["starts"].tolist(), _verify(arguments)
-    order = [2, 0, 3, 1]
+    order = [3, 1, 0, 2]
     index = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in order] + [torch.tensor([0, 5, 1])])
     moved = dict(arguments)
     for name in ("logits", "drafted", "borders", "draft_logits", "draft_borders"):
@@ -233,13 +232,13 @@ def test_sampler_is_the_argmax_chain_where_greedy(coupling):
 
 def test_sampler_keeps_everything_where_the_laws_are_equal_and_nothing_where_they_are_disjoint():
     """q = p accepts every drafted token at residual 0; laws without a common token reject at once, at residual 1."""
-    same = _round(100, [4, 6], "maximal", seed=5, spread=0.0)
-    same["params"] = _params(12, seed=5, greedy=0.0)
+    same = _round(100, [2, 3], "maximal", seed=5, spread=0.0)
+    same["params"] = _params(7, seed=5, greedy=0.0)
     same |= {"draft_logits": same["logits"], "borders": None, "draft_borders": None}
     tokens = reference.draw(same["logits"], same["params"], Purpose.DRAFT).tokens.int()
     same["drafted"] = torch.where(same["drafted"] < 0, -1, tokens)
     found = _verify(same)
-    assert found.accepted.tolist() == [4, 6]
+    assert found.accepted.tolist() == [2, 3]
     assert float(found.residual.max()) < 1e-5
     apart = dict(same, logits=same["logits"].clone(), draft_logits=same["logits"].clone())
     apart["logits"][:, 50:] = -torch.inf
@@ -249,11 +248,10 @@ def test_sampler_keeps_everything_where_the_laws_are_equal_and_nothing_where_the
     found = _verify(apart)
     assert found.accepted.tolist() == [0, 0]
     assert bool((found.tokens < 50).all())
-    assert found.residual[[0, 5]].tolist() == [1.0, 1.0]
+    assert found.residual[[0, 3]].tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
-@pytest.mark.parametrize("vocab", [13, 64])
+@pytest.mark.parametrize(("coupling", "vocab"), [("gumbel", 40), ("maximal", 13)])
 def test_sampler_reference_emits_the_targets_law(coupling, vocab):
     """First tokens of 200,000 rounds follow the target's law (seed 3, chi-square, p > 0.01), with a border on both."""
     n = 200_000
@@ -282,17 +280,22 @@ def test_sampler_reference_emits_the_targets_law(coupling, vocab):
 
 
 def test_sampler_emits_the_targets_law_after_rejections():
-    """The kernels' recovered tokens are the reference's in 60 rounds of laws that differ much (V = 13)."""
-    arguments = _round(13, [1] * 60, "maximal", seed=11, spread=3.0)
-    arguments["params"] = _params(120, seed=11, greedy=0.0)
+    """The kernels' recovered tokens are the reference's in 12 rounds of laws that differ much (V = 13)."""
+    arguments = _round(13, [1] * 12, "maximal", seed=11, spread=4.0)
+    arguments |= {"params": _params(24, seed=11, greedy=0.0), "top_k": 0}
     true = reference.verify(**arguments)
-    assert int((true.accepted == 0).sum()) > 20
+    assert int((true.accepted == 0).sum()) >= 6
     _assert_same(_verify(arguments), true, arguments["starts"])
 
 
 # -- golden vectors --------------------------------------------------------------------------
 
 GOLDEN = {  # (seed, position, vocab): tokens drawn at temperatures 0, 0.7 and 1, of x_v = ((v * 7919) % 1009) / 100
+    (0, 0, 13): [7, 1, 1],
+    (7, 5, 257): [33, 40, 40],
+    (-3, 2147483648, 1000): [765, 396, 806],
+    (4611686018427400249, 99, 4099): [765, 1385, 1385],
+    (123456789, 4096, 4099): [765, 3311, 3311],
 }
 
 
@@ -343,16 +346,16 @@ def test_sampler_records_the_likeliest(device, vocab, k, levels):
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_sampler_flags_broken_rows_and_spares_their_neighbours(coupling):
     """NaN, +inf and nothing but -inf in a row is flagged, says token 0, and changes no other request."""
-    arguments = _round(300, [1, 1, 1, 1], coupling, seed=6)
+    arguments = _round(300, [1, 1, 0], coupling, seed=6)
     good = _verify(arguments)
     for value, columns in ((POISON, [7]), (torch.inf, [299]), (-torch.inf, list(range(300)))):
         broken = dict(arguments, logits=arguments["logits"].clone())
         broken["logits"][2, columns] = value
         found = _verify(broken)
-        assert found.finite.tolist() == [True, False, True, True]
+        assert found.finite.tolist() == [True, False, True]
         assert int(found.said[2]) == 0
         assert float(found.logprobs[2]) == -torch.inf
-        others = torch.tensor([0, 2, 3])
+        others = torch.tensor([0, 2])
         assert torch.equal(found.accepted[others], good.accepted[others])
         assert torch.equal(found.tokens[others], good.tokens[others])
         assert torch.equal(found.tokens, reference.verify(**broken).tokens)
@@ -393,7 +396,9 @@ def test_sampler_writes_nothing_beside_its_results(monkeypatch):
     arguments, made, real = _round(257, [2, -1, 0], "maximal", seed=1), [], torch.Tensor.new_empty
     before = _verify(arguments)
 
-    def walled(like, *shape, dtype=None):
+    def walled(like, *shape, dtype=None, **device):
+        if device:  # the interpreter's own
+            return real(like, *shape, dtype=dtype, **device)
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
         count = int(torch.tensor(sizes).prod())
         store = real(like, count + 64, dtype=dtype)

@@ -19,7 +19,7 @@ _WARPS = 4  # eight elements a thread: 16 bytes in a 16-bit dtype
 
 
 @triton.jit
-def _silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul(gate_up: tl.tensor, out: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
     parts: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     row = (program // parts).to(tl.int64)
@@ -46,7 +46,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if not gate_up.is_contiguous():
         raise ValueError(f"gate_up has the strides {list(gate_up.stride())}; it must be contiguous")
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(tokens, width)
+    out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
     if tokens:
         _silu_mul[(tokens * triton.cdiv(width, _BLOCK),)](gate_up, out, WIDTH=width, BLOCK=_BLOCK, num_warps=_WARPS)
     return out

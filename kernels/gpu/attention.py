@@ -20,29 +20,22 @@ Sources: Milakov and Gimelshein, arXiv 1805.02867 (online softmax); Dao, arXiv 2
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu import attention_plan as plans
 from kernels.gpu.aot import Case
+from kernels.gpu.attention_plan import LEAST_TILES, MAX_SPLITS, Launch
 
-MAX_SPLITS = 32
-_PROGRAMS = 2 * 132  # two for each of an H100's multiprocessors, which are all at work at once
-_MOST_PROGRAMS = 2048  # bounds the buffers of the splits where these are for one long request among many short ones
-_LONG = 4096  # tokens a split takes when there is no lack of programs
-_TILE_N = 64
-_TILE_BYTES = 256  # of a key in a tile of that many; longer keys have shorter tiles
-_LEAST_TILES = tl.constexpr(4)  # of a split; shorter ones cost more to add up than they save
-_ONE_TILE = 128  # rows up to which all queries of a request share a tile
-_SMALL_TILE = 64  # rows of the tile for short requests when there are long ones too
-_LONG_TILE = 128
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _locate(tile, starts, requests, Q_TILE: tl.constexpr, TILED: tl.constexpr):
+def _locate(
+    tile: tl.tensor, starts: tl.tensor, requests: tl.tensor, Q_TILE: tl.constexpr, TILED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Return a tile's request and its first query there.  Request i has the tiles from starts[i] // Q_TILE + i on."""
     request, offset = tile, 0
     if TILED:
@@ -58,17 +51,18 @@ def _locate(tile, starts, requests, Q_TILE: tl.constexpr, TILED: tl.constexpr):
 
 
 @triton.jit
-def _share(length, splits, TILE_N: tl.constexpr):
+def _share(length: tl.tensor, splits: tl.tensor, TILE_N: tl.constexpr) -> tl.tensor:
     """Return how many tokens each split of a request takes: whole tiles, and not too few of them."""
-    return tl.maximum(tl.cdiv(tl.cdiv(length, TILE_N), splits), _LEAST_TILES) * TILE_N
+    return tl.maximum(tl.cdiv(tl.cdiv(length, TILE_N), splits), LEAST_TILES) * TILE_N
 
 
 @triton.jit
 def _attend_tile(
-    q, keys, values, table, at, high, sees, best, total, acc, scaling, kv_head, column, inside,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE_N: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, table: tl.tensor, at: tl.tensor, high: tl.tensor,
+    sees: tl.tensor, best: tl.tensor, total: tl.tensor, acc: tl.tensor, scaling: tl.tensor, kv_head: tl.tensor,
+    column: tl.tensor, inside: tl.tensor, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    TILE_N: tl.constexpr, INTERPRETED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Add one tile of keys and values to the running maximum, sum of weights and weighted sum of each row."""
     position = at + tl.arange(0, TILE_N)
     cached = position < high
@@ -92,11 +86,12 @@ def _attend_tile(
 
 @triton.jit(do_not_specialize=["requests", "width", "splits"])
 def _attend(
-    query, keys, values, tables, starts, lengths, out, sums, weights, scaling, requests, width, splits,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, TILE_N: tl.constexpr, LEAST: tl.constexpr,
-    TILED: tl.constexpr, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    query: tl.tensor, keys: tl.tensor, values: tl.tensor, tables: tl.tensor, starts: tl.tensor, lengths: tl.tensor,
+    out: tl.tensor, sums: tl.tensor, weights: tl.tensor, scaling: tl.tensor, requests: tl.tensor, width: tl.tensor,
+    splits: tl.tensor, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, TILE_N: tl.constexpr, LEAST: tl.constexpr, TILED: tl.constexpr,
+    SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
+) -> None:  # fmt: skip
     q_tile: tl.constexpr = BLOCK_M // GROUP
     tile, kv_head, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     request, offset = _locate(tile, starts, requests, q_tile, TILED)
@@ -152,11 +147,11 @@ def _attend(
 
 @triton.jit(do_not_specialize=["requests", "width", "splits"])
 def _combine(
-    sums, weights, starts, lengths, out, requests, width, splits,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, TILE_N: tl.constexpr, LEAST: tl.constexpr,
-    TILED: tl.constexpr, SPLITS_PADDED: tl.constexpr,
-):  # fmt: skip
+    sums: tl.tensor, weights: tl.tensor, starts: tl.tensor, lengths: tl.tensor, out: tl.tensor, requests: tl.tensor,
+    width: tl.tensor, splits: tl.tensor, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, TILE_N: tl.constexpr,
+    LEAST: tl.constexpr, TILED: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+) -> None:  # fmt: skip
     q_tile: tl.constexpr = BLOCK_M // GROUP
     tile, kv_head, row = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     request, offset = _locate(tile, starts, requests, q_tile, TILED)
@@ -186,46 +181,6 @@ def _combine(
         tl.store(out + flat * DIM + column, result.to(out.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """One of the launches of a call.
-
-    rows: height of the tile; tiles: how many there can be; least: the fewest queries a request has here; tiled:
-    whether a request may have several tiles; splits: parts into which a request's cache is cut.
-    """
-
-    rows: int
-    tiles: int
-    least: int
-    tiled: bool
-    splits: int
-
-
-def plan(
-    tokens: int, requests: int, group: int, kv_heads: int, span: int, max_query: int, splits: int | None = None
-) -> list[Launch]:
-    """Say which launches a call needs, from what the host knows.
-
-    span: the most tokens a request's table can name.  splits: fixes their number, 1 to MAX_SPLITS.
-    """
-    if max_query * group <= _ONE_TILE:
-        rows = max(16, triton.next_power_of_2(max_query * group))
-        return [Launch(rows, requests, 1, False, splits or _splits(requests * kv_heads, span))]
-    small, large = (max(rows, triton.next_power_of_2(group)) for rows in (_SMALL_TILE, _LONG_TILE))
-    least = small // group + 1 if requests > 1 else 1
-    tiles = tokens // (large // group) + requests
-    launches = [Launch(large, tiles, least, True, splits or _splits(tiles * kv_heads, span))]
-    if requests > 1:
-        launches.append(Launch(small, requests, 1, False, splits or _splits(requests * kv_heads, span)))
-    return launches
-
-
-def _splits(programs: int, span: int) -> int:
-    """Fill the machine; beyond that, keep one long request among short ones from being read by one program alone."""
-    wanted = max(_PROGRAMS // programs, min(span // _LONG, _MOST_PROGRAMS // programs))
-    return max(1, min(wanted, span // (_TILE_N * _LEAST_TILES.value), MAX_SPLITS))
-
-
 def paged_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, starts: torch.Tensor,
     lengths: torch.Tensor, scaling: float, *, max_query: int, splits: int | None = None,
@@ -248,9 +203,9 @@ def paged_attention(
         return torch.zeros_like(query)
     out = torch.empty_like(query)
     group, span = heads // kv_heads, width * block_tokens
-    for launch in plan(tokens, requests, group, kv_heads, span, max_query, splits):
-        sizes = _sizes(launch, group, kv_heads, dim, block_tokens, query.element_size())
-        options = _options(launch.rows, sizes["DIM_PADDED"] * query.element_size())
+    for launch in plans.plan(tokens, requests, group, kv_heads, span, max_query, splits):
+        sizes = plans.sizes_of(launch, group, kv_heads, dim, block_tokens, query.element_size())
+        options = plans.options_of(launch.rows, sizes["DIM_PADDED"] * query.element_size())
         sums = weights = out
         split = launch.splits > 1
         if split:
@@ -264,32 +219,9 @@ def paged_attention(
         if split:
             _combine[(launch.tiles * kv_heads, launch.rows // group * group)](
                 sums, weights, starts, lengths, out, requests, width, launch.splits, **sizes,
-                **_combine_options(launch.splits, sizes["DIM_PADDED"]),
+                **plans.combine_options(launch.splits, sizes["DIM_PADDED"]),
             )  # fmt: skip
     return out
-
-
-def _sizes(
-    launch: Launch, group: int, kv_heads: int, dim: int, block_tokens: int, item_bytes: int
-) -> dict[str, int]:  # fmt: skip
-    padded = max(16, triton.next_power_of_2(dim))
-    tile = min(_TILE_N, max(16, _TILE_N * _TILE_BYTES // (padded * item_bytes)))
-    return {
-        "KV_HEADS": kv_heads, "GROUP": group, "DIM": dim, "DIM_PADDED": padded, "BLOCK_TOKENS": block_tokens,
-        "BLOCK_M": launch.rows, "TILE_N": tile, "LEAST": launch.least, "TILED": launch.tiled,
-    }  # fmt: skip
-
-
-def _options(rows: int, row_bytes: int) -> dict[str, int]:
-    """Choose warps and the depth of the pipeline; half of the depth goes to the block numbers."""
-    wide = row_bytes > _TILE_BYTES
-    warps = 8 if rows >= (_SMALL_TILE if wide else _LONG_TILE) else 4
-    return {"num_warps": warps, "num_stages": 2 if wide else 5 if rows <= 32 else 3}
-
-
-def _combine_options(splits: int, dim: int) -> dict[str, int]:
-    padded = triton.next_power_of_2(splits)
-    return {"SPLITS_PADDED": padded, "num_warps": min(4, max(1, padded * dim // 1024))}
 
 
 def _check(
@@ -311,10 +243,7 @@ def _check(
             f"query, keys and values are {query.dtype}, {keys.dtype} and {values.dtype}; they must be the same of "
             "float32, float16 and bfloat16"
         )
-    if triton.next_power_of_2(query.shape[2]) * query.element_size() > 2 * _TILE_BYTES:
-        raise ValueError(
-            f"dim is {query.shape[2]} in {query.dtype}; it must be at most {2 * _TILE_BYTES // query.element_size()}"
-        )
+    plans.check_dim(query.shape[2], query.element_size())
     requests = len(tables)
     if tables.dim() != 2 or list(starts.shape) != [requests + 1] or list(lengths.shape) != [requests]:
         raise ValueError(
@@ -340,8 +269,8 @@ def cases() -> list[Case]:
     for heads, kv_heads, dim in ((9, 3, 64), (14, 2, 64), (16, 8, 128), (32, 8, 128), (64, 8, 128)):
         group = heads // kv_heads
         for max_query in (1, 5, 512):
-            for launch in plan(1024, 16, group, kv_heads, 8192, max_query):
-                sizes = _sizes(launch, group, kv_heads, dim, block_tokens=16, item_bytes=2)
+            for launch in plans.plan(1024, 16, group, kv_heads, 8192, max_query):
+                sizes = plans.sizes_of(launch, group, kv_heads, dim, block_tokens=16, item_bytes=2)
                 name = f"heads={heads}/{kv_heads} dim={dim} rows={launch.rows} tiled={launch.tiled}"
                 found |= {case.name: case for case in _cases_of(launch, name, sizes)}
     return list(found.values())
@@ -352,7 +281,7 @@ def _cases_of(launch: Launch, name: str, sizes: dict[str, int]) -> list[Case]:
     types |= dict.fromkeys(("tables", "starts", "lengths"), "*i32")
     aligned = tuple(types)
     types |= dict.fromkeys(("requests", "width", "splits"), "i32") | {"scaling": "fp32"}
-    options = _options(launch.rows, 2 * sizes["DIM_PADDED"])
+    options = plans.options_of(launch.rows, 2 * sizes["DIM_PADDED"])
     found = [
         Case(
             f"attend {name} split={split}", _attend, types, {**sizes, "SPLIT": split, "INTERPRETED": False},
@@ -362,7 +291,7 @@ def _cases_of(launch: Launch, name: str, sizes: dict[str, int]) -> list[Case]:
     ]  # fmt: skip
     used = {name: kind for name, kind in types.items() if name in _combine.arg_names}
     for splits in (2, MAX_SPLITS):
-        constants = {**sizes, **_combine_options(splits, sizes["DIM_PADDED"])}
+        constants = {**sizes, **plans.combine_options(splits, sizes["DIM_PADDED"])}
         warps = constants.pop("num_warps")
         pointers = tuple(name for name in aligned if name in used)
         found.append(

@@ -46,9 +46,10 @@ def pick_largest(keys: tl.tensor, k: tl.tensor, LOW: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def record_likeliest(row: tl.tensor, maxima: tl.tensor, vocab: tl.tensor, total: tl.tensor, ids: tl.tensor,
-                     logprobs: tl.tensor, WIDTH: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr,
-                     LOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+def record_likeliest(
+    row: tl.tensor, maxima: tl.tensor, vocab: tl.tensor, total: tl.tensor, ids: tl.tensor, logprobs: tl.tensor,
+    WIDTH: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, LOW: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Write one row's likeliest tokens and their log-probs; return what they leave over.
 
     `ids` holds in turn the parts, the columns in rising order, and the answer.  Scalars: total float64.

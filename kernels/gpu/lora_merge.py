@@ -2,7 +2,7 @@
 
     W = round(W0 + scale * B A),   stats = (Σ (scale B A)², Σ W0², how many numbers of scale B A are not finite)
 
-Shapes: W and W0 [out, in] fp32, bf16 or fp16; A [rank, in] and B [out, rank] fp32, bf16 or fp16; stats [3] float32.
+Shapes: W and W0 [out, in], A [rank, in] and B [out, rank], each fp32, bf16 or fp16; stats [3] float32.
 B A is a sum of outer products in the order of the rank, each product and each sum rounded to float32 (no fused
 multiply-add, no TF32), so the bits are those of that sum written down in numpy, on every machine.  A library's
 matrix product may add in another order: W then differs by rounding of the float32 sum, after bf16 by at most one
@@ -29,9 +29,10 @@ _MAX_RANK = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@triton.jit(do_not_specialize=["rank", "scale"])
+@triton.jit(do_not_specialize=["scale"])
 def _merge(
-    out, base, a, b, sums, scale, rank, OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    out, base, a, b, sums, scale, RANK: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     across = tl.cdiv(IN, COLUMNS)
@@ -41,11 +42,11 @@ def _merge(
     at = rows.to(tl.int64)[:, None] * IN + columns[None, :]
     pristine = tl.load(base + at, mask=here, other=0.0).to(tl.float32)
     update = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for step in range(rank):
-        left = tl.load(b + rows.to(tl.int64) * rank + step, mask=rows < OUT, other=0.0).to(tl.float32)
+    for step in range(RANK):
+        left = tl.load(b + rows.to(tl.int64) * RANK + step, mask=rows < OUT, other=0.0).to(tl.float32)
         right = tl.load(a + step * IN + columns, mask=columns < IN, other=0.0).to(tl.float32)
         update += left[:, None] * right[None, :]
-    update = update * scale
+    update = tl.where(here, update * scale, 0.0)  # beyond the border NaN of a factor meets zero
     tl.store(out + at, (pristine + update).to(out.dtype.element_ty), mask=here)
     finite = tl.abs(update) < float("inf")  # false for NaN
     tl.store(sums + tile * 3, tl.sum(tl.sum(update * update, axis=1), axis=0))
@@ -94,7 +95,7 @@ def merge_all(modules: Sequence[Module], scale: float) -> torch.Tensor:
 def _launch(module: Module, scale: float, sums: torch.Tensor) -> None:
     rows, columns = module.out.shape
     _merge[(_tiles(module.out),)](
-        *module, sums, float(scale), module.a.shape[0], OUT=rows, IN=columns, ROWS=_ROWS, COLUMNS=_COLUMNS,
+        *module, sums, float(scale), RANK=module.a.shape[0], OUT=rows, IN=columns, ROWS=_ROWS, COLUMNS=_COLUMNS,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -125,11 +126,12 @@ def cases() -> list[Case]:
     """Name the specialisations that real models use."""
     return [
         Case(
-            f"lora_merge {rows}x{columns} {weight} factors={factor}", _merge,
+            f"lora_merge {rows}x{columns} rank={rank} {weight} factors={factor}", _merge,
             {"out": f"*{weight}", "base": f"*{weight}", "a": f"*{factor}", "b": f"*{factor}", "sums": "*fp32",
-             "scale": "fp32", "rank": "i32"},
-            {"OUT": rows, "IN": columns, "ROWS": _ROWS, "COLUMNS": _COLUMNS}, aligned=("out", "base", "a", "b", "sums"),
+             "scale": "fp32"},
+            {"RANK": rank, "OUT": rows, "IN": columns, "ROWS": _ROWS, "COLUMNS": _COLUMNS},
+            aligned=("out", "base", "a", "b", "sums"),
         )
-        for rows, columns in ((576, 576), (1536, 576), (576, 1536), (4864, 896))
+        for rows, columns, rank in ((576, 576, 16), (1536, 576, 64), (576, 1536, 8), (4864, 896, 13))
         for weight, factor in (("bf16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32"))
     ]  # fmt: skip

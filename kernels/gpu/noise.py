@@ -82,8 +82,8 @@ def uniform64(bits: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def token_noise(
-    token: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor, PURPOSE: tl.constexpr
-) -> tl.tensor:
+    token: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor, PURPOSE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Return one token's Gumbel noise in float64.  Scalars: token int; position, k0, k1 uint32."""
     b0, b1, b2, b3 = philox((token // 4).to(tl.uint32), position, k0, k1, PURPOSE)
     return gumbel64(lane_of(b0, b1, b2, b3, token % 4))

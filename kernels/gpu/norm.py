@@ -20,8 +20,9 @@ _MAX_HIDDEN = 65536  # a row is held in the registers of one program
 
 @triton.jit
 def _add_rms_norm(
-    x, residual, weight, out, epsilon, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr
-):  # fmt: skip
+    x: tl.tensor, residual: tl.tensor, weight: tl.tensor, out: tl.tensor, epsilon: tl.tensor, HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * HIDDEN
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN

@@ -28,8 +28,9 @@ ROWS = tl.constexpr(16)  # rows of a request that are merged at once
 
 
 @triton.jit
-def log_total(peaks: tl.tensor, masses: tl.tensor, splits: tl.tensor, inverse: tl.tensor,
-              real: tl.tensor) -> tl.tensor:  # fmt: skip
+def log_total(
+    peaks: tl.tensor, masses: tl.tensor, splits: tl.tensor, inverse: tl.tensor, real: tl.tensor,
+) -> tl.tensor:  # fmt: skip
     """Return log Σ exp of rows, from the largest logits and the masses of their ranges; NaN where there is none.
 
     Shapes: peaks and masses [n] pointers to a row's first range; inverse [n] one over the temperature; result [n]
@@ -60,8 +61,9 @@ def best_of(best: tl.tensor, best_at: tl.tensor, splits: tl.tensor, real: tl.ten
 
 
 @triton.jit
-def heard(stats: tl.tensor, best: tl.tensor, best_at: tl.tensor, rows: tl.tensor, splits: tl.tensor,
-          real: tl.tensor) -> tl.tensor:  # fmt: skip
+def heard(
+    stats: tl.tensor, best: tl.tensor, best_at: tl.tensor, rows: tl.tensor, splits: tl.tensor, real: tl.tensor,
+) -> tl.tensor:  # fmt: skip
     """Return what rows say and their raw log Σ exp: column 0 and NaN where a row is not finite.  Shapes: [n]."""
     wide = rows.to(tl.int64)
     own = stats + wide * FIELDS * splits
@@ -71,8 +73,10 @@ def heard(stats: tl.tensor, best: tl.tensor, best_at: tl.tensor, rows: tl.tensor
 
 
 @triton.jit
-def chance(logits: tl.tensor, borders: tl.tensor, rows: tl.tensor, stride: tl.tensor, column: tl.tensor,
-           temperature: tl.tensor, total: tl.tensor, real: tl.tensor) -> tl.tensor:  # fmt: skip
+def chance(
+    logits: tl.tensor, borders: tl.tensor, rows: tl.tensor, stride: tl.tensor, column: tl.tensor,
+    temperature: tl.tensor, total: tl.tensor, real: tl.tensor,
+) -> tl.tensor:  # fmt: skip
     """Return the probability of one column a row under the processed law.  Shapes: all [ROWS]; float64."""
     x = tl.load(logits + rows.to(tl.int64) * stride + column, mask=real, other=NEVER).to(tl.float32)
     if borders is not None:
@@ -81,10 +85,11 @@ def chance(logits: tl.tensor, borders: tl.tensor, rows: tl.tensor, stride: tl.te
 
 
 @triton.jit
-def lucky_rows(logits: tl.tensor, draft: tl.tensor, borders: tl.tensor, draft_borders: tl.tensor, seeds: tl.tensor,
-               positions: tl.tensor, stats: tl.tensor, rows: tl.tensor, stride: tl.tensor, draft_stride: tl.tensor,
-               column: tl.tensor, temperature: tl.tensor, splits: tl.tensor, real: tl.tensor,
-               ACCEPT: tl.constexpr) -> tl.tensor:  # fmt: skip
+def lucky_rows(
+    logits: tl.tensor, draft: tl.tensor, borders: tl.tensor, draft_borders: tl.tensor, seeds: tl.tensor,
+    positions: tl.tensor, stats: tl.tensor, rows: tl.tensor, stride: tl.tensor, draft_stride: tl.tensor,
+    column: tl.tensor, temperature: tl.tensor, splits: tl.tensor, real: tl.tensor, ACCEPT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Say of which rows u q(x) < p(x) holds for the drafted token x.  Shapes: all [ROWS]."""
     inverse = 1.0 / temperature
     own = stats + rows.to(tl.int64) * FIELDS * splits
@@ -188,11 +193,11 @@ def record_row(
 def verdicts(
     logits: tl.tensor, draft: tl.tensor, temperatures: tl.tensor, seeds: tl.tensor, positions: tl.tensor,
     borders: tl.tensor, draft_borders: tl.tensor, starts: tl.tensor, drafted: tl.tensor, stats: tl.tensor,
-    best: tl.tensor, best_at: tl.tensor, maxima: tl.tensor, accepted: tl.tensor, tokens: tl.tensor,
-    finite: tl.tensor, said: tl.tensor, logprobs: tl.tensor, ids: tl.tensor, topk_logprobs: tl.tensor,
-    tails: tl.tensor, residual: tl.tensor, totals: tl.tensor, stops: tl.tensor, again: tl.tensor,
-    stride: tl.tensor, draft_stride: tl.tensor, vocab: tl.tensor, requests: tl.tensor, splits: tl.tensor,
-    ACCEPT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, LOW: tl.constexpr,
+    best: tl.tensor, best_at: tl.tensor, maxima: tl.tensor, accepted: tl.tensor, tokens: tl.tensor, finite: tl.tensor,
+    said: tl.tensor, logprobs: tl.tensor, ids: tl.tensor, topk_logprobs: tl.tensor, tails: tl.tensor,
+    residual: tl.tensor, totals: tl.tensor, stops: tl.tensor, again: tl.tensor, stride: tl.tensor,
+    draft_stride: tl.tensor, vocab: tl.tensor, requests: tl.tensor, splits: tl.tensor, ACCEPT: tl.constexpr,
+    WIDTH: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, LOW: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Judge one request, or record one row."""
     program = tl.program_id(0)
@@ -210,9 +215,8 @@ def verdicts(
 
 @triton.jit(do_not_specialize=["splits"])
 def draws(
-    logits: tl.tensor, token_ids: tl.tensor, stats: tl.tensor, best: tl.tensor, best_at: tl.tensor,
-    tokens: tl.tensor, columns: tl.tensor, logprobs: tl.tensor, finite: tl.tensor, stride: tl.tensor,
-    splits: tl.tensor,
+    logits: tl.tensor, token_ids: tl.tensor, stats: tl.tensor, best: tl.tensor, best_at: tl.tensor, tokens: tl.tensor,
+    columns: tl.tensor, logprobs: tl.tensor, finite: tl.tensor, stride: tl.tensor, splits: tl.tensor,
 ) -> tl.tensor:  # fmt: skip
     """Put the ranges of one row together."""
     row = tl.program_id(0) + tl.zeros([1], tl.int32)

@@ -34,8 +34,10 @@ def weigh(x: tl.tensor, border: tl.tensor, temperature: tl.tensor, total: tl.ten
 
 
 @triton.jit
-def left_over(own: tl.tensor, theirs: tl.tensor, column: tl.tensor, border: tl.tensor, draft_border: tl.tensor,
-              temperature: tl.tensor, total: tl.tensor, draft_total: tl.tensor) -> tl.tensor:  # fmt: skip
+def left_over(
+    own: tl.tensor, theirs: tl.tensor, column: tl.tensor, border: tl.tensor, draft_border: tl.tensor,
+    temperature: tl.tensor, total: tl.tensor, draft_total: tl.tensor,
+) -> tl.tensor:  # fmt: skip
     """Return log max(p - q, 0) of one column, rounded to float32 as the reference rounds it.  Scalars."""
     x, y = tl.load(own + column).to(tl.float32), tl.load(theirs + column).to(tl.float32)
     p = tl.where(x >= border, tl.exp(tl.div_rn(x, temperature).to(tl.float64) - total), 0.0)
@@ -45,10 +47,12 @@ def left_over(own: tl.tensor, theirs: tl.tensor, column: tl.tensor, border: tl.t
 
 
 @triton.jit
-def challenge_left(p: tl.tensor, q: tl.tensor, first: tl.tensor, own: tl.tensor, theirs: tl.tensor, vocab: tl.tensor,
-                   border: tl.tensor, draft_border: tl.tensor, temperature: tl.tensor, total: tl.tensor,
-                   draft_total: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor, best: tl.tensor,
-                   at: tl.tensor, PURPOSE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
+def challenge_left(
+    p: tl.tensor, q: tl.tensor, first: tl.tensor, own: tl.tensor, theirs: tl.tensor, vocab: tl.tensor,
+    border: tl.tensor, draft_border: tl.tensor, temperature: tl.tensor, total: tl.tensor, draft_total: tl.tensor,
+    position: tl.tensor, k0: tl.tensor, k1: tl.tensor, best: tl.tensor, at: tl.tensor, PURPOSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Return the best score and its column after one more block.  Shapes: p and q [BLOCK] float32."""
     loose = LOOSE + LOOSER * tl.abs(total).to(tl.float32) + LOOSER * tl.abs(draft_total).to(tl.float32)
     loose = tl.where(loose == loose, loose, LOOSE + LOOSER * tl.abs(total).to(tl.float32))

@@ -24,19 +24,26 @@ _WARPS = 2
 
 
 @triton.jit
-def _load_halves(rows, column, inside, HALF: tl.constexpr):
+def _load_halves(
+    rows: tl.tensor, column: tl.tensor, inside: tl.tensor, HALF: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     first = tl.load(rows + column, mask=inside, other=0.0).to(tl.float32)
     return first, tl.load(rows + HALF + column, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_halves(rows, column, inside, first, second, HALF: tl.constexpr):
+def _store_halves(
+    rows: tl.tensor, column: tl.tensor, inside: tl.tensor, first: tl.tensor, second: tl.tensor, HALF: tl.constexpr,
+) -> None:  # fmt: skip
     tl.store(rows + column, first.to(rows.dtype.element_ty), mask=inside)
     tl.store(rows + HALF + column, second.to(rows.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _norm_halves(first, second, is_query, query_norm, key_norm, epsilon, column, real, DTYPE, HALF: tl.constexpr):
+def _norm_halves(
+    first: tl.tensor, second: tl.tensor, is_query: tl.tensor, query_norm: tl.tensor, key_norm: tl.tensor,
+    epsilon: tl.tensor, column: tl.tensor, real: tl.tensor, DTYPE: tl.constexpr, HALF: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Norm each head; rounded to DTYPE before and after the product with its weight."""
     query_first, query_second = _load_halves(query_norm, column, real, HALF)
     key_first, key_second = _load_halves(key_norm, column, real, HALF)
@@ -49,10 +56,11 @@ def _norm_halves(first, second, is_query, query_norm, key_norm, epsilon, column,
 
 @triton.jit(do_not_specialize=["table_rows"])
 def _rope_and_write(
-    qkv, cos, sin, positions, slots, keys, values, query_norm, key_norm, out, table_rows, epsilon,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF_PADDED: tl.constexpr,
+    qkv: tl.tensor, cos: tl.tensor, sin: tl.tensor, positions: tl.tensor, slots: tl.tensor, keys: tl.tensor,
+    values: tl.tensor, query_norm: tl.tensor, key_norm: tl.tensor, out: tl.tensor, table_rows: tl.tensor,
+    epsilon: tl.tensor, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF_PADDED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, HAS_NORMS: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     half: tl.constexpr = DIM // 2
     every: tl.constexpr = HEADS + 2 * KV_HEADS
     token = tl.program_id(0).to(tl.int64)
@@ -102,7 +110,7 @@ def rope_and_write(
     """
     _check(qkv, cos, sin, positions, slots, keys, values, heads, norms)
     tokens, (kv_heads, dim) = len(qkv), keys.shape[2:]
-    out = qkv.new_empty(tokens, heads, dim)
+    out = torch.empty(tokens, heads, dim, dtype=qkv.dtype, device=qkv.device)
     if not tokens:
         return out
     query_norm, key_norm, epsilon = norms or (qkv, qkv, 0.0)

@@ -132,9 +132,10 @@ def verify(
     strides = (logits.stride(0), 0 if draft is None else draft.stride(0), vocab)
     records.verdicts[(requests + rows,)](
         logits, draft, params.temperature, params.seeds, params.positions, borders, draft_borders, starts, drafted,
-        run.stats, run.best, run.best_at, run.maxima, verdicts.accepted, verdicts.tokens, verdicts.finite.view(torch.int8), verdicts.said,
-        verdicts.logprobs, verdicts.topk_ids, verdicts.topk_logprobs, verdicts.tail, verdicts.residual, totals,
-        stops, again, *strides, requests, run.splits, ACCEPT=int(Purpose.ACCEPT) if maximal else None,
+        run.stats, run.best, run.best_at, run.maxima, verdicts.accepted, verdicts.tokens,
+        verdicts.finite.view(torch.int8), verdicts.said, verdicts.logprobs, verdicts.topk_ids,
+        verdicts.topk_logprobs, verdicts.tail, verdicts.residual, totals, stops, again, *strides, requests,
+        run.splits, ACCEPT=int(Purpose.ACCEPT) if maximal else None,
         WIDTH=triton.next_power_of_2(-(-vocab // SUB.value)), K=top_k, PADDED=triton.next_power_of_2(max(top_k, 1)),
         LOW=_LOW[logits.dtype], num_warps=records.WARPS,
     )  # fmt: skip

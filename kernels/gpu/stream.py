@@ -43,8 +43,10 @@ def margin_of(best: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def words_of(first: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor, PURPOSE: tl.constexpr,
-             BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
+def words_of(
+    first: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor,
+    PURPOSE: tl.constexpr, BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Return the words of a block's columns and, for every `len` neighbours, their largest.
 
     Shapes: words [BLOCK] uint32; largest [BLOCK / 4], or [BLOCK] where columns are any tokens.
@@ -62,8 +64,11 @@ def words_of(first: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor, position:
 
 
 @triton.jit
-def settle_block(scores: tl.tensor, first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor, temperature: tl.tensor, position: tl.tensor,
-                 k0: tl.tensor, k1: tl.tensor, best: tl.tensor, at: tl.tensor, PURPOSE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
+def settle_block(
+    scores: tl.tensor, first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor,
+    temperature: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor, best: tl.tensor, at: tl.tensor,
+    PURPOSE: tl.constexpr, BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Visit a block's candidates, the likeliest winner first, while one may beat the best; return the best.
 
     Shapes: scores [BLOCK] float32, -inf where cut; best float64, at int32, its column.
@@ -86,8 +91,9 @@ def settle_block(scores: tl.tensor, first: tl.tensor, row: tl.tensor, token_ids:
 
 
 @triton.jit
-def reached_by(x: tl.tensor, largest: tl.tensor, inverse: tl.tensor, border: tl.tensor, best: tl.tensor,
-               BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
+def reached_by(
+    x: tl.tensor, largest: tl.tensor, inverse: tl.tensor, border: tl.tensor, best: tl.tensor, BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Say whether any column of a block may reach the best.  Shapes: x [BLOCK]; largest word of each, or of four."""
     near = x
     if largest.shape[0] != BLOCK:
@@ -98,9 +104,11 @@ def reached_by(x: tl.tensor, largest: tl.tensor, inverse: tl.tensor, border: tl.
 
 
 @triton.jit
-def look_closely(first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor, temperature: tl.tensor,
-                 border: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor, best: tl.tensor, at: tl.tensor,
-                 PURPOSE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
+def look_closely(
+    first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor, temperature: tl.tensor,
+    border: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor, best: tl.tensor, at: tl.tensor,
+    PURPOSE: tl.constexpr, BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Go through a block in small pieces, which takes few registers, and score those that may hold the best."""
     inverse = 1.0 / temperature
     piece = first
@@ -118,9 +126,11 @@ def look_closely(first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: 
 
 
 @triton.jit
-def challenge(x: tl.tensor, top: tl.tensor, first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor,
-              temperature: tl.tensor, border: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor,
-              best: tl.tensor, at: tl.tensor, PURPOSE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
+def challenge(
+    x: tl.tensor, top: tl.tensor, first: tl.tensor, row: tl.tensor, token_ids: tl.tensor, vocab: tl.tensor,
+    temperature: tl.tensor, border: tl.tensor, position: tl.tensor, k0: tl.tensor, k1: tl.tensor, best: tl.tensor,
+    at: tl.tensor, PURPOSE: tl.constexpr, BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Return the best score and its column after one more block.  Shapes: x [BLOCK] float32, `top` its largest."""
     if temperature > 0:
         inverse = 1.0 / temperature
@@ -145,8 +155,10 @@ def fast_exp(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def add_mass(x: tl.tensor, border: tl.tensor, inverse: tl.tensor, peak: tl.tensor, mass: tl.tensor, shaped: tl.tensor, RAW: tl.constexpr,
-             SHAPED: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
+def add_mass(
+    x: tl.tensor, border: tl.tensor, inverse: tl.tensor, peak: tl.tensor, mass: tl.tensor, shaped: tl.tensor,
+    RAW: tl.constexpr, SHAPED: tl.constexpr, BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Return the block's maxima, and running maxima and masses of the raw law and of the processed one.
 
     Shapes: x [BLOCK]; all else [BLOCK / 8]: eight neighbours lie in one thread and share one maximum.
@@ -171,8 +183,10 @@ def read_block(row: tl.tensor, block: tl.tensor, last: tl.tensor, vocab: tl.tens
 
 
 @triton.jit
-def sum_draft(draft: tl.tensor, vocab: tl.tensor, low: tl.tensor, high: tl.tensor, border: tl.tensor, inverse: tl.tensor, out: tl.tensor, splits: tl.tensor,
-              BLOCK: tl.constexpr) -> tl.tensor:  # fmt: skip
+def sum_draft(
+    draft: tl.tensor, vocab: tl.tensor, low: tl.tensor, high: tl.tensor, border: tl.tensor, inverse: tl.tensor,
+    out: tl.tensor, splits: tl.tensor, BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Leave the draft's largest logit of a range and its processed mass."""
     peak = tl.full([BLOCK // 8], FLOOR, tl.float32)
     shaped = tl.zeros([BLOCK // 8], tl.float32)
@@ -190,10 +204,11 @@ def sum_draft(draft: tl.tensor, vocab: tl.tensor, low: tl.tensor, high: tl.tenso
 
 @triton.jit(do_not_specialize=["per_split", "requests"])
 def stream(
-    logits: tl.tensor, draft: tl.tensor, token_ids: tl.tensor, temperatures: tl.tensor, seeds: tl.tensor, positions: tl.tensor, borders: tl.tensor,
-    draft_borders: tl.tensor, starts: tl.tensor, drafted: tl.tensor, stats: tl.tensor, best_out: tl.tensor, best_at: tl.tensor, maxima: tl.tensor,
-    stride: tl.tensor, draft_stride: tl.tensor, vocab: tl.tensor, per_split: tl.tensor, requests: tl.tensor,
-    PURPOSE: tl.constexpr, BLOCK: tl.constexpr,
+    logits: tl.tensor, draft: tl.tensor, token_ids: tl.tensor, temperatures: tl.tensor, seeds: tl.tensor,
+    positions: tl.tensor, borders: tl.tensor, draft_borders: tl.tensor, starts: tl.tensor, drafted: tl.tensor,
+    stats: tl.tensor, best_out: tl.tensor, best_at: tl.tensor, maxima: tl.tensor, stride: tl.tensor,
+    draft_stride: tl.tensor, vocab: tl.tensor, per_split: tl.tensor, requests: tl.tensor, PURPOSE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Read one range of one row; rows of no request end at once."""
     row, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)

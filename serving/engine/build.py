@@ -24,7 +24,7 @@ from adapter.registry import Registry
 from adapter.settings import Settings
 from adapter.streams import StreamPublisher
 from kernels.cpu.library import unavailable
-from kernels.dispatch import allow_compiled
+from kernels.dispatch import allow_compiled, merge_all
 from kernels.packed_linear import packing_works
 from serving.engine import attention
 from serving.engine.control.adaptive import adaptive
@@ -219,7 +219,7 @@ def _hotswap(
     def finish(model: Any) -> None:
         forwards.prepare(model, like=draft)
 
-    slots = DraftSlots(draft, pair, settings.engine.max_lora_norm_ratio, finish=finish)
+    slots = DraftSlots(draft, pair, settings.engine.max_lora_norm_ratio, finish=finish, write=merge_all)
     return HotSwap(
         registry, slots, settings.artifacts_dir, poll_s=settings.engine.swap_poll_s, check=check,
         companion=vocabulary.refresh if vocabulary is not None else lambda: None,
