@@ -33,7 +33,9 @@ class EngineSettings(_Section):
     """The decoding engine."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where the models run; auto: on a CUDA GPU with Triton where there is one, else on the CPU"
+        "cpu",
+        description="where the models run; auto: on a CUDA GPU with Triton where there is one, else on the CPU. "
+        "The way over a GPU is tested without one and has not run on one yet",
     )
     max_batch: int = Field(8, ge=1, le=256, description="requests decoded together")
     max_model_len: int = Field(2048, ge=16, description="prompt and answer tokens of one request")

@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo  # noqa: E402
 
 from adapter import keys  # noqa: E402
 from adapter.settings import Settings  # noqa: E402
-from bench import page, runs  # noqa: E402
+from bench import page, roofline, runs  # noqa: E402
 from docs import hazards  # noqa: E402
 from monitors.metrics import Metrics  # noqa: E402
 from serving.api.metrics import EngineCollector, ServingMetrics  # noqa: E402
@@ -57,6 +57,7 @@ def tables() -> dict[str, str]:
     """Return every generated file by its path from the root."""
     return {
         "docs/settings.md": settings_page(), "docs/redis-keys.md": keys_page(), "docs/metrics.md": metrics_page(),
+        "docs/roofline.md": roofline_page(),
         "docs/hazards.md": NOTE.format(source="the names of the tests") + hazards.page(ROOT / "tests"),
         "docs/benchmarks.md": benchmarks_page(), "README.md": readme(),
     }  # fmt: skip
@@ -149,6 +150,14 @@ def benchmarks_page() -> str:
     source = "bench/results/engine*.json, record.json and load.json"
     drawn = (ROOT / page.PICTURE).exists()
     return NOTE.format(source=source) + page.page(runs.kept(MEASURED), **others, picture=drawn)
+
+
+def roofline_page() -> str:
+    """Write what every GPU kernel costs at the least, and what was measured."""
+    measured = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(MEASURED.glob("*-kernels.json"))]
+    compiled = MEASURED / "compiled.json"
+    kept = json.loads(compiled.read_text(encoding="utf-8")) if compiled.exists() else None
+    return NOTE.format(source="bench/results/*-kernels.json and compiled.json") + roofline.page(measured, kept)
 
 
 def settings_page() -> str:

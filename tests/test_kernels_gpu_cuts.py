@@ -126,6 +126,20 @@ def test_cut_touches_nothing_but_its_borders() -> None:
     assert torch.equal(guarded.nan_to_num(7.5), before.nan_to_num(7.5))
 
 
+def test_cut_reads_no_scratch_it_has_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With scratch memory full of NaN and of large numbers the borders are the same."""
+    rows = [MIXED[i] for i in (1, 2, 4)]
+    logits, params = logits_of(3, 5000, 13).bfloat16(), params_of(rows)
+    clean, empty = cuts.cut_borders(logits, params), torch.empty
+
+    def dirty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        made = empty(*shape, dtype=dtype, device=device)
+        return made.fill_(NAN if made.is_floating_point() else 1 << 30)
+
+    monkeypatch.setattr(cuts.torch, "empty", dirty)
+    assert torch.equal(cuts.cut_borders(logits, params), clean)
+
+
 def test_cut_takes_no_rows_and_no_min_p() -> None:
     """Zero rows give zero borders; min-p None is off for every row."""
     assert cuts.cut_borders(torch.empty(0, 40), params_of(MIXED).rows(torch.tensor([], dtype=torch.long))).shape == (0,)

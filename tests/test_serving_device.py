@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from engine_rig import MIXED, Changing, Rig, counts_of, plain_each, prompts, ref
 from engine_rig import shared_rigs as shared
 
 from adapter.contracts import FLOOR_VERSION, Sampling
+from kernels import dispatch
 from serving.engine.attention import KVPool
 from serving.engine.control.fixed import FixedGamma
 from serving.engine.device.llama import DeviceLlama
@@ -22,6 +24,10 @@ from serving.engine.device.wire import Sent, receive, sampling_columns
 from serving.engine.llama import LeanLlama
 from serving.engine.sequence import Sequence
 
+KERNELS = {
+    "activation": ("silu_mul",), "attention": ("paged_attention",), "cuts": ("cut_borders",), "norm": ("add_rms_norm",),
+    "rope_cache": ("rope_and_write",), "sampler": ("draw", "verify"),
+}  # fmt: skip
 HERE: dict[str, Any] = {"exact": True, "compiled": False, "programs": True}
 
 
@@ -324,3 +330,19 @@ def test_a_pinned_request_runs_beside_the_others(rig_for, ids, said):
     items: list[Sequence] = requests_for(ids, MIXED, 40, prefix="pin-")
     items[3].version = FLOOR_VERSION
     assert rig.run(items) == said
+
+
+@pytest.mark.slow
+def test_device_rounds_on_the_kernels_themselves_say_what_plain_sampling_says(rig_for, ids, said, monkeypatch):
+    """Every operation of a round is its Triton kernel, in the interpreter: greedy, sampled and cut requests (I1)."""
+    for module, names in KERNELS.items():
+        kernel = importlib.import_module(f"kernels.gpu.{module}")
+        for name in names:
+            monkeypatch.setattr(dispatch, name, getattr(kernel, name))
+    rig = rig_for(**HERE, max_batch=4)
+    rig.engine.controller = FixedGamma(2)
+    picked = (0, 2, 5)
+    items = requests_for([ids[i][:12] for i in picked], [MIXED[i] for i in picked], 6, prefix="kernels-")
+    expected = plain_each(reference_models(rig.pair)[0], [ids[i][:12] for i in picked], [MIXED[i] for i in picked], 6)
+    assert rig.run(items) == expected
+    assert counts_of(items).num_drafted > 0

@@ -63,11 +63,11 @@ def _logit_of(key, LOW: tl.constexpr):
 
 
 @triton.jit
-def _highest(source, size, low, high, target, floor, peak, t, MASS: tl.constexpr, LOW: tl.constexpr,
+def _highest(source, size, low, high, target, peak, t, MASS: tl.constexpr, LOW: tl.constexpr,
              TILE: tl.constexpr):  # fmt: skip
     """Return the largest integer of [low, high) at or above which `target` tokens, or their mass, lie.
 
-    Tokens below `floor` count nothing.  Scalars: low, high int64, as `order_of` makes them; target int64.
+    Scalars: low, high int64, as `order_of` makes them; target int64.
     """
     while high - low > 1:
         width = high - low
@@ -78,9 +78,9 @@ def _highest(source, size, low, high, target, floor, peak, t, MASS: tl.constexpr
         while first < size:
             x, real = tile_of(source, first, size, TILE)
             key = order_of(x, LOW).to(tl.int64)
-            w = (real & (x >= floor)).to(tl.int64)
+            w = real.to(tl.int64)
             if MASS:
-                w = tl.where(w > 0, mass_of(x, peak, t), 0)
+                w = mass_of(x, peak, t)  # nothing past the end, where x is -inf
             a1 += tl.where(key >= c1, w, 0)
             a2 += tl.where(key >= c2, w, 0)
             a3 += tl.where(key >= c3, w, 0)
@@ -105,7 +105,8 @@ def _with_ties(source, size, border, t, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=SCALARS)
 def _settle(logits, temperature, top_k, top_p, min_p, peaks, counts, masses, found, room, borders, stride,
-            VOCAB: tl.constexpr, SPLITS: tl.constexpr, ROOM: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+            VOCAB: tl.constexpr, SPLITS: tl.constexpr, ROOM: tl.constexpr, LOW: tl.constexpr,
+            TILE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     t, k, p, least, cut = wanted(row, temperature, top_k, top_p, min_p, VOCAB)
     border = NEVER
@@ -119,7 +120,7 @@ def _settle(logits, temperature, top_k, top_p, min_p, peaks, counts, masses, fou
             bottom, top = order_of(low, LOW).to(tl.int64), order_of(peak, LOW).to(tl.int64) + 1
             scaled = NEVER
             if k > 0:
-                key = _highest(source, size, bottom, top, k.to(tl.int64), NEVER, peak, t, False, LOW, TILE)
+                key = _highest(source, size, bottom, top, k.to(tl.int64), peak, t, False, LOW, TILE)
                 scaled = tl.div_rn(_logit_of(key, LOW), t)
                 border = _with_ties(source, size, scaled, t, TILE)
             if p < 1:
@@ -132,7 +133,7 @@ def _settle(logits, temperature, top_k, top_p, min_p, peaks, counts, masses, fou
                         first += TILE
                     whole = tl.sum(sums, axis=0)
                     bottom = order_of(border, LOW).to(tl.int64)
-                key = _highest(source, size, bottom, top, target_of(whole, p), border, peak, t, True, LOW, TILE)
+                key = _highest(source, size, bottom, top, target_of(whole, p), peak, t, True, LOW, TILE)
                 scaled = tl.maximum(scaled, tl.div_rn(_logit_of(key, LOW), t))
             if least > 0:
                 scaled = tl.maximum(scaled, tl.minimum(tl.div_rn(peak, t) + tl.log(least), tl.div_rn(peak, t)))

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 4096  # of a row, that a program reads at once
 _AGAIN = 1024  # columns it reads of two rows at once
 _PROGRAMS = 2112  # what a row's ranges are counted for: twice what 132 multiprocessors run at once, eight each
-_WARPS = 4
+_STREAM_WARPS = {2: 4, 4: 2}  # by the bytes of a logit: 16 columns a thread
+_AGAIN_WARPS = 4
 _MOST_RANGES = 64
 _MOST_RECORDED = 128
 _LOW = {torch.bfloat16: 16, torch.float16: 12, torch.float32: 0}  # bits of a float32 that are alike in all of them
@@ -68,7 +69,7 @@ class _Streamed:
             logits, draft, token_ids, params.temperature, params.seeds, params.positions, borders, draft_borders,
             starts, drafted, self.stats, self.best, self.best_at, self.maxima, logits.stride(0),
             0 if draft is None else draft.stride(0), vocab, self.per_split, 0 if starts is None else len(starts) - 1,
-            PURPOSE=int(purpose), BLOCK=block, num_warps=_WARPS,
+            PURPOSE=int(purpose), BLOCK=block, num_warps=_STREAM_WARPS[logits.element_size()],
         )  # fmt: skip
 
 
@@ -158,7 +159,7 @@ def _look_again(
     recovery.recover[(requests, splits)](
         logits, draft, params.temperature, params.seeds, params.positions, borders, draft_borders, starts, stops,
         again, totals, overlaps, best, best_at, logits.stride(0), draft.stride(0), vocab, per_split,
-        PURPOSE=int(Purpose.RECOVER), BLOCK=_AGAIN, num_warps=_WARPS,
+        PURPOSE=int(Purpose.RECOVER), BLOCK=_AGAIN, num_warps=_AGAIN_WARPS,
     )  # fmt: skip
     recovery.settle[(requests,)](
         params.temperature, starts, stops, again, overlaps, best, best_at, verdicts.tokens, verdicts.residual, splits,

@@ -274,6 +274,8 @@ def cases() -> list[Case]:
             types = {name: kind for name, kind in types.items() if name not in left_out}
             aligned = (*types, "stride", "draft_stride", "vocab")
             types |= dict.fromkeys(("stride", "draft_stride", "vocab", "per_split", "requests"), "i32")
-            constants = {"PURPOSE": 0, "BLOCK": 1024 if dtype == "fp32" else 2048} | dict.fromkeys(left_out)
-            found.append(Case(f"stream {dtype} without {left_out[-1]}", stream, types, constants, aligned=aligned))
+            block, warps = (1024, 2) if dtype == "fp32" else (2048, 4)
+            constants = {"PURPOSE": 0, "BLOCK": block} | dict.fromkeys(left_out)
+            name = f"stream {dtype} without {left_out[-1]}"
+            found.append(Case(name, stream, types, constants, warps=warps, aligned=aligned))
     return found
