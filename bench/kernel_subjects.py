@@ -6,17 +6,17 @@ Each subject keeps several copies of its inputs, so that consecutive runs do not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench import kernel_peers as peers
+from bench.kernel_subjects_learning import losses, merges
+from bench.subject import Gate, Subject
 from kernels import dispatch
 from kernels.reference import attention as attention_reference
 from kernels.reference import layers as layers_reference
-from kernels.reference.lora_merge import Module
 from kernels.sampling import RowParams
 
 BF16 = torch.bfloat16
@@ -26,70 +26,11 @@ TOP_K = 32
 _LARGE_BYTES = 50e6
 
 
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """What a figure of a row must reach.
-
-    `figure` is a field of the row, "vs_row" (time relative to the same kernel's at shape `against`) or "vs_peer"
-    (relative to the peer `against`).
-    """
-
-    name: str
-    figure: str
-    bound: float
-    at_least: bool
-    against: Any = None
-
-
-@dataclass(slots=True)
-class Subject:
-    """One kernel at one shape; `make` builds a copy of its inputs, `call` works on one."""
-
-    kernel: str
-    shape: dict[str, Any]
-    bytes: int
-    make: Callable[[int], Any]
-    call: Callable[[Any], object]
-    inputs_bytes: int
-    flops: int = 0
-    launches: int = 1
-    against: Callable[[Any], object] | None = None
-    rivals: dict[str, Callable[[Any], object]] = field(default_factory=dict)
-    gate: Gate | None = None
-    inputs: list[Any] = field(default_factory=list)
-
-    def build(self, copies: int) -> None:
-        """Make the inputs."""
-        self.inputs = [self.make(number) for number in range(copies)]
-
-    def free(self) -> None:
-        """Let go of the inputs."""
-        self.inputs = []
-
-    def run(self, number: int) -> object:
-        """Run the kernel on one copy."""
-        return self.call(self.inputs[number % len(self.inputs)])
-
-    @property
-    def reference(self) -> Callable[[int], object] | None:
-        """The plain-torch truth on one copy; None where it is left out."""
-        against = self.against
-        return None if against is None else lambda number: against(self.inputs[number % len(self.inputs)])
-
-    @property
-    def peers(self) -> dict[str, Callable[[int], object]]:
-        """Others on one copy."""
-        return {
-            name: (lambda number, rival=rival: rival(self.inputs[number % len(self.inputs)]))  # type: ignore[misc]
-            for name, rival in self.rivals.items()
-        }
-
-
 def subjects(only: tuple[str, ...], device: torch.device) -> Iterator[Subject]:
     """Yield the subjects of the groups that are asked for, the most telling shapes first."""
     builders = {
-        "sampler": _samplers, "cuts": _cuts, "attention": _attentions, "layers": _layers, "loss": _losses,
-        "merge": _merges,
+        "sampler": _samplers, "cuts": _cuts, "attention": _attentions, "layers": _layers, "loss": losses,
+        "merge": merges,
     }  # fmt: skip
     for name in only:
         yield from builders[name](device)
@@ -272,65 +213,4 @@ def _rope(device: torch.device, tokens: int) -> Subject:
         "rope-and-write", {"tokens": tokens, "heads": heads, "kv_heads": kv_heads}, size, make,
         lambda made: run(dispatch.rope_and_write, made), size,
         against=lambda made: run(layers_reference.rope_and_write, made),
-    )  # fmt: skip
-
-
-# -- learning ------------------------------------------------------------------------------------
-
-
-def _losses(device: torch.device) -> Iterator[Subject]:
-    for rows, hidden, vocab in ((4096, 576, 49152), (4096, 1024, 151936), (1024, 1024, 151936)):
-        yield _loss(device, rows, hidden, vocab)
-
-
-def _loss(device: torch.device, rows: int, hidden: int, vocab: int) -> Subject:
-    from kernels.sparse_loss import SparseTeacherLoss
-
-    head = torch.randn(vocab, hidden, device=device).mul_(0.02).to(BF16)
-    weights = torch.ones(rows, device=device)
-
-    def make(number: int) -> tuple[torch.Tensor, ...]:
-        generator = torch.Generator(device=device).manual_seed(number)
-        states = torch.randn(rows, hidden, generator=generator, device=device).to(BF16)
-        ids = torch.randint(0, vocab, (rows, TOP_K), generator=generator, device=device)
-        logprobs = torch.log_softmax(torch.randn(rows, TOP_K, generator=generator, device=device), -1) - 0.05
-        return states.requires_grad_(True), ids, logprobs
-
-    def call(made: tuple[torch.Tensor, ...]) -> object:
-        loss = SparseTeacherLoss.apply(made[0], head, made[1], made[2], weights, 0.5, 1024)[0]
-        return torch.autograd.grad(loss, made[0])
-
-    return Subject(
-        "sparse loss", {"rows": rows, "hidden": hidden, "vocab": vocab}, 5 * rows * vocab * 2, make, call,
-        rows * hidden * 2, flops=4 * rows * vocab * hidden, launches=8,
-        rivals={
-            "torch.compile, dense": lambda made: peers.compiled_loss(made[0], head, made[1], made[2]),
-            "liger": lambda made: peers.liger_loss(made[0], head),
-        }, gate=Gate("60 % of Liger", "vs_peer", 0.6, False, "liger"),
-    )  # fmt: skip
-
-
-def _merges(device: torch.device) -> Iterator[Subject]:
-    """All linear layers of a 135 M and of a half-billion model, as a swap merges them."""
-    for name, hidden, ffn, layers, kv in (("135 M", 576, 1536, 30, 192), ("0.5 B", 896, 4864, 24, 128)):
-        yield _merge(device, name, hidden, ffn, layers, kv)
-
-
-def _merge(device: torch.device, name: str, hidden: int, ffn: int, layers: int, kv: int) -> Subject:
-    shapes = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(ffn, hidden)] * 2 + [(hidden, ffn)]
-    size = sum(rows * columns for rows, columns in shapes) * layers * 2
-
-    def make(number: int) -> list[Module]:
-        made = []
-        for rows, columns in shapes * layers:
-            base = torch.full((rows, columns), 0.01 * number, dtype=BF16, device=device)
-            a, b = torch.full((16, columns), 0.01, device=device), torch.full((rows, 16), 0.01, device=device)
-            made.append(Module(torch.empty_like(base), base, a, b))
-        return made
-
-    return Subject(
-        "lora merge", {"model": name, "rank": 16}, 2 * size, make,
-        lambda modules: dispatch.merge_all(modules, 2.0), 2 * size,
-        launches=len(shapes) * layers, against=peers.merge_in_torch,
-        gate=Gate("1 millisecond", "ms", 1.0, False) if name == "0.5 B" else None,
     )  # fmt: skip

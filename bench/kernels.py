@@ -25,7 +25,8 @@ import torch
 
 from adapter.contracts import DraftsmithError, SettingsError
 from bench.environment import command, environment
-from bench.kernel_subjects import Subject, subjects
+from bench.kernel_subjects import subjects
+from bench.subject import Subject
 
 GROUPS = ("sampler", "cuts", "attention", "layers", "loss", "merge")
 _CACHE_BYTES = 256 << 20  # inputs of consecutive runs together: several times the second-level cache

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from bench.kernel_subjects import Subject, subjects
+from bench.kernel_subjects import subjects
+from bench.subject import Subject
 
 COPY_BYTES_PER_S = 4.3e12  # an H200's copy, reads and writes counted
 MATMUL_FLOP_PER_S = 790e12  # an H200's bfloat16 product of two large matrices

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels import reference
 from kernels.cpu import rows as compiled_rows
 from kernels.cpu.library import unavailable
 from kernels.noise import Purpose
+from kernels.reference.rows import sparse_log_probs as reference_log_probs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +53,7 @@ def sparse_log_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
     """
     if _compiled(logits) and 0 < k <= logits.shape[1]:
         return compiled_rows.top_log_probs(logits, k)
-    return reference.sparse_log_probs(logits, k)
+    return reference_log_probs(logits, k)
 
 
 def cut_borders(logits: torch.Tensor, params: RowParams) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from kernels.dispatch import largest
 from kernels.noise import LANES, MAX_GUMBEL, Purpose, gumbel
-from kernels.reference import exact_topk
+from kernels.reference.rows import exact_topk
 
 _NUCLEUS = 512  # a nucleus larger than this falls back to sorting the row
 

@@ -12,7 +12,8 @@ import torch
 
 from bench import kernels as bench_kernels
 from bench.gpu import Options, measure, ratios, table
-from bench.kernel_subjects import Gate, subjects
+from bench.kernel_subjects import subjects
+from bench.subject import Gate
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {

@@ -15,6 +15,8 @@ from kernels.gpu.attention import paged_attention
 from kernels.gpu.attention_plan import plan
 from kernels.reference.attention import paged_attention as reference
 
+pytestmark = pytest.mark.slow  # in the interpreter: half a minute of CPU
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NOWHERE = 10**8  # a block number that no cache has
 SCALING = 0.3

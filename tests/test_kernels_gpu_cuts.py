@@ -9,6 +9,8 @@ from kernels.gpu import cuts
 from kernels.reference import cuts as reference
 from kernels.sampling import RowParams, shape_logits
 
+pytestmark = pytest.mark.slow  # in the interpreter: half a minute of CPU
+
 NAN, INF = float("nan"), float("inf")
 MIXED = [  # temperature, top-k, top-p, min-p of each row
     (1.0, 5, 1.0, 0.0), (0.7, 0, 0.9, 0.0), (0.0, 3, 0.5, 0.1), (1.3, 7, 0.8, 0.05), (1.0, 0, 1.0, 0.2),

@@ -18,6 +18,8 @@ from kernels.sampling import RowParams, shape_logits
 from kernels.verdicts import Verdicts
 from kernels.verify import verify_gumbel, verify_maximal
 
+pytestmark = pytest.mark.slow  # in the interpreter: half a minute of CPU
+
 sampler = pytest.importorskip("kernels.gpu.sampler")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -11,7 +11,7 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kernels import noise
 from kernels.noise import MAX_GUMBEL, Purpose, gumbel, philox, to_uniform, uniform
-from kernels.reference import exact_topk, sparse_log_probs
+from kernels.reference.rows import exact_topk, sparse_log_probs
 from kernels.sampling import RowParams, draw, shape_logits
 
 VOCABS = (8, 64, 67, 130, 1000, 4096)

@@ -2,7 +2,3 @@
 
 These run where there is no faster form (`kernels.dispatch`), and are what every faster form is compared with.
 """
-
-from kernels.reference.rows import exact_topk, sparse_log_probs
-
-__all__ = ["exact_topk", "sparse_log_probs"]

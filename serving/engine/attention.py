@@ -93,6 +93,7 @@ class KVPool:
     ) -> None:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (num_blocks, block_tokens, config.num_key_value_heads, dim)
+        self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self.dtype = dtype
         self.shared = config.num_attention_heads // config.num_key_value_heads

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,6 @@ from serving.engine.recorder import Recorder
 from serving.engine.rounds import Rounds
 from serving.engine.runner import Forwards, ModelRunner
 from serving.engine.scheduler import Scheduler
-from serving.engine.sequence import Sequence
 from serving.engine.threads import Threads
 from serving.engine.work import Work
 
@@ -81,48 +79,19 @@ def build_engine(settings: Settings, pair: Pair, database: Database, *, programs
     registry.install_base(
         target_fingerprint=pair.target_fingerprint, base_fingerprint=pair.base_fingerprint, actor=ACTOR
     )
-    device = choose_device(settings.engine.device)
-    programs = device.type != "cpu" if programs is None else programs
-    positions = positions_of(settings.engine) if programs else 0
-    config = AutoConfig.from_pretrained(pair.target_path)
-    check_config("target", config)
-    _check_lengths(settings, config.max_position_embeddings)
-    if pair.draft_kind == "model":
-        check_config("draft", AutoConfig.from_pretrained(str(pair.draft_path)))
-    packs = settings.engine.pack and not programs
-    sizes = measure_pair(pair, settings.engine, draft_dtype=_draft_dtype(pair, device), packs=packs)
-    plan = plan_memory(settings.engine, sizes, available_bytes(device=device))
-    log.info("memory_planned", kv_tokens=plan.kv_tokens, **{f"{name}_gib": gib for name, gib in plan.terms().items()})
-    _say_compiled(settings)
-    forwards = _forwards(settings, packs=packs)
-    target = load_target(pair).to(device)
-    expected = generic_logits(target)
-    num_blocks = plan.kv_tokens // settings.engine.block_tokens + 1
-    runner = ModelRunner(target, _pool(target, num_blocks, settings), forwards, positions=positions)
-    check_forward(runner, expected)
-    members: list[Proposer] = []
-    hotswap, coupling = None, settings.engine.coupling
-    scheduler = _scheduler(settings, num_blocks, runner.pool.clear)
+    place = _place(settings, programs)
+    target = _target(settings, pair, place)
+    draft, hotswap = None, None
     if pair.draft_kind != "none" and DraftProposer.name in settings.engine.proposers:
-        draft = _load_draft(pair, target)
-        draft_forwards = _forwards(settings, packs=packs, int8=settings.engine.draft_int8)
-        draft_runner = ModelRunner(draft, _pool(draft, num_blocks, settings), draft_forwards, positions=positions)
-        vocabulary = open_vocabulary(settings, pair, database, draft.get_output_embeddings())
-        hotswap = _hotswap(settings, pair, registry, draft_runner, draft, vocabulary)
-        members.append(
-            proposer := DraftProposer(
-                draft_runner, keep_laws=coupling == "maximal", vocab=target.config.vocab_size,
-                catch_up_tokens=settings.engine.prefill_tokens, resident=hotswap.resident, vocabulary=vocabulary,
-            )
-        )  # fmt: skip
-        scheduler = _scheduler(settings, num_blocks, runner.pool.clear, proposer.version_of)
-    members.extend(_matching(settings, target.config.vocab_size))
-    proposers = Proposers(members)
+        draft, hotswap = _draft(settings, pair, registry, database, target, place)
+    proposers = Proposers([*([draft] if draft else []), *_matching(settings, target.model.config.vocab_size)])
     publisher = _publisher(settings)
-    host = HostRounds(runner, proposers, coupling=coupling)
-    rounds: Rounds = device_rounds(settings.engine, host, runner, proposers) if programs else host
+    coupling = settings.engine.coupling
+    host = HostRounds(target, proposers, coupling=coupling)
+    rounds: Rounds = device_rounds(settings.engine, host, target, proposers) if place.positions else host
     engine = Engine(
-        runner, proposers, scheduler, _controller(settings, pair, runner, proposers, rounds),
+        target, proposers, _scheduler(settings, target, draft),
+        _controller(settings, pair, target, proposers, rounds),
         Recorder(publisher, settings.log, target_fingerprint=pair.target_fingerprint, coupling=coupling), rounds,
         lookahead=settings.engine.gamma_max + 1, hotswap=hotswap,
     )  # fmt: skip
@@ -130,8 +99,67 @@ def build_engine(settings: Settings, pair: Pair, database: Database, *, programs
         hotswap.start()
         engine.proposers.use(hotswap.model, hotswap.version)
     _say_served(Facts(database), pair)
-    grammars = Grammars(Path(pair.target_path) / "tokenizer.json", target.config.vocab_size)
+    grammars = Grammars(Path(pair.target_path) / "tokenizer.json", target.model.config.vocab_size)
     return Built(engine, publisher, hotswap, grammars, threads)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where models run; `positions` is 0 where rounds stay with the host, `packs` lays weights out for a CPU."""
+
+    device: torch.device
+    positions: int
+    packs: bool
+
+
+def _place(settings: Settings, programs: bool | None) -> _Place:
+    engine = settings.engine
+    device = choose_device(engine.device)
+    programs = device.type != "cpu" if programs is None else programs
+    return _Place(device, positions_of(engine) if programs else 0, engine.pack and not programs)
+
+
+def _target(settings: Settings, pair: Pair, place: _Place) -> ModelRunner:
+    """Check the pair, share out the memory, and load the target with its cache.
+
+    Raises:
+        SettingsError: it cannot be served so.
+    """
+    config = AutoConfig.from_pretrained(pair.target_path)
+    check_config("target", config)
+    _check_lengths(settings, config.max_position_embeddings)
+    if pair.draft_kind == "model":
+        check_config("draft", AutoConfig.from_pretrained(str(pair.draft_path)))
+    sizes = measure_pair(
+        pair, settings.engine, draft_dtype=_draft_dtype(pair, place.device), packs=place.packs,
+        fixed_place=place.positions > 0,
+    )  # fmt: skip
+    plan = plan_memory(settings.engine, sizes, available_bytes(device=place.device))
+    log.info("memory_planned", kv_tokens=plan.kv_tokens, **{f"{name}_gib": gib for name, gib in plan.terms().items()})
+    _say_compiled(settings)
+    model = load_target(pair).to(place.device)
+    expected = generic_logits(model)
+    pool = _pool(model, plan.kv_tokens // settings.engine.block_tokens + 1, settings)
+    runner = ModelRunner(model, pool, _forwards(settings, packs=place.packs), positions=place.positions)
+    check_forward(runner, expected)
+    return runner
+
+
+def _draft(
+    settings: Settings, pair: Pair, registry: Registry, database: Database, target: ModelRunner, place: _Place
+) -> tuple[DraftProposer, HotSwap]:
+    """Load the draft with its cache, and what follows the registry of its versions."""
+    engine = settings.engine
+    model = _load_draft(pair, target.model)
+    forwards = _forwards(settings, packs=place.packs, int8=engine.draft_int8)
+    runner = ModelRunner(model, _pool(model, target.pool.num_blocks, settings), forwards, positions=place.positions)
+    vocabulary = open_vocabulary(settings, pair, database, model.get_output_embeddings())
+    hotswap = _hotswap(settings, pair, registry, runner, model, vocabulary)
+    proposer = DraftProposer(
+        runner, keep_laws=engine.coupling == "maximal", vocab=target.model.config.vocab_size,
+        catch_up_tokens=engine.prefill_tokens, resident=hotswap.resident, vocabulary=vocabulary,
+    )  # fmt: skip
+    return proposer, hotswap
 
 
 def _threads(settings: Settings) -> Threads:
@@ -230,14 +258,12 @@ def _pool(model: Any, num_blocks: int, settings: Settings) -> attention.KVPool:
     return attention.KVPool(model.config, num_blocks, settings.engine.block_tokens, model.dtype, model.device)
 
 
-def _scheduler(
-    settings: Settings, num_blocks: int, clean: Callable[[list[int]], None],
-    draft_version: Callable[[Sequence], int] = lambda request: 0,
-) -> Scheduler:  # fmt: skip
+def _scheduler(settings: Settings, target: ModelRunner, draft: DraftProposer | None) -> Scheduler:
     return Scheduler(
-        num_blocks=num_blocks, block_tokens=settings.engine.block_tokens, max_batch=settings.engine.max_batch,
-        prefill_tokens=settings.engine.prefill_tokens, prefix_cache=settings.engine.prefix_cache,
-        draft_version=draft_version, clean=clean,
+        num_blocks=target.pool.num_blocks, block_tokens=settings.engine.block_tokens,
+        max_batch=settings.engine.max_batch, prefill_tokens=settings.engine.prefill_tokens,
+        prefix_cache=settings.engine.prefix_cache,
+        draft_version=draft.version_of if draft is not None else lambda request: 0, clean=target.pool.clear,
     )  # fmt: skip
 
 

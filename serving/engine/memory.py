@@ -99,10 +99,13 @@ def tokens_of_one_request(engine: EngineSettings) -> int:
     return engine.max_model_len + engine.gamma_max + engine.block_tokens
 
 
-def measure_pair(pair: Pair, engine: EngineSettings, *, draft_dtype: torch.dtype, packs: bool) -> Sizes:
+def measure_pair(
+    pair: Pair, engine: EngineSettings, *, draft_dtype: torch.dtype, packs: bool, fixed_place: bool = False
+) -> Sizes:  # fmt: skip
     """Work out what a pair takes, without loading it.
 
     `packs`: linear layers of a dtype that packs here keep a packed copy of their weights beside them.
+    `fixed_place`: the draft in force is copied to where a device's programs read it.
     """
     config = AutoConfig.from_pretrained(pair.target_path)
     dtype = DTYPES[pair.dtype]
@@ -121,7 +124,8 @@ def measure_pair(pair: Pair, engine: EngineSettings, *, draft_dtype: torch.dtype
     borrowed = _borrowed_bytes(pair, draft, same_dtype=draft_dtype == dtype)
     return Sizes(
         target_weights=weights, draft_weights=_bytes(draft, packs, compiled=compiled) - borrowed,
-        draft_slots=linear + MERGED_SLOTS * halves * linear // 2,  # the pristine weights they are merged from, too
+        # the pristine weights they are merged from, too
+        draft_slots=linear * (2 if fixed_place else 1) + MERGED_SLOTS * halves * linear // 2,
         logits=logits, target_kv=target_kv, draft_kv=KVPool.bytes_per_token(draft.config, draft_dtype),
     )  # fmt: skip
 

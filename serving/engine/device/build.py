@@ -104,6 +104,6 @@ def timers_of(rounds: Rounds, draft: ModelRunner | None) -> Timers | None:
     models.follow()
     device = DeviceTimer(
         models, most_requests=sizes.max_batch, width=sizes.table_width, block_tokens=sizes.block_tokens,
-        num_blocks=rounds.num_blocks, vocab=sizes.vocab,
+        num_blocks=models.num_blocks, vocab=sizes.vocab,
     )  # fmt: skip
     return device.timers(draft)

@@ -32,6 +32,7 @@ class DeviceModels:
     def __init__(self, target: ModelRunner, proposer: DraftProposer | None, positions: int) -> None:
         self.device: torch.device = target.model.lm_head.weight.device
         self.target = Model(DeviceLlama(_lean(target), target.pool, positions), Head(target.model.lm_head.weight))
+        self.num_blocks = target.pool.num_blocks
         self.draft: Model | None = None
         self._proposer = proposer
         self._loaded: tuple[int, int] | None = None  # version and model whose weights lie in the fixed place

@@ -144,11 +144,6 @@ class DeviceRounds:
     def _note_wait(self, seconds: float) -> None:
         self.waited_s += seconds
 
-    @property
-    def num_blocks(self) -> int:
-        """How many blocks the caches have."""
-        return len(self._target.pool.keys[0])
-
     # -- what can run here -------------------------------------------------------------------
 
     def _here(self, request: Sequence, choice: Choice) -> bool:
