@@ -145,6 +145,8 @@ def _rounds(
 
 def _record(rounds: list[Round], output: TargetOutput, top_k: int) -> None:
     """Add to each round what the target thought of the tokens it may add, all rows in one pass."""
+    if not top_k and output.hidden is None and all(item.request.logprobs is None for item in rounds):
+        return
     starts = accumulate((len(item.proposal.tokens) + 1 for item in rounds), initial=0)
     begins = dict(zip(map(id, rounds), starts, strict=False))
     sound = [item for item in rounds if item.finite]
