@@ -86,7 +86,7 @@ def draw(
 def verify(
     logits: torch.Tensor, params: RowParams, starts: torch.Tensor, drafted: torch.Tensor, *, coupling: str,
     borders: torch.Tensor | None = None, draft_logits: torch.Tensor | None = None,
-    draft_borders: torch.Tensor | None = None, top_k: int = 0,
+    draft_borders: torch.Tensor | None = None, top_k: int = 0, with_residual: bool = True,
 ) -> Verdicts:  # fmt: skip
     """Judge drafted tokens and record what the target thought; see `kernels.reference.verify`."""
     if logits.is_cuda:
@@ -95,7 +95,7 @@ def verify(
         from kernels.reference.verify import verify as form
     return form(
         logits, params, starts, drafted, coupling=coupling, borders=borders, draft_logits=draft_logits,
-        draft_borders=draft_borders, top_k=top_k,
+        draft_borders=draft_borders, top_k=top_k, with_residual=with_residual,
     )  # fmt: skip
 
 

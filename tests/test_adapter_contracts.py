@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -127,7 +127,7 @@ def test_a_cut_block_is_a_wire_error(block: VerifiedBlock, data: st.DataObject) 
 )
 def test_arrays_must_agree_in_length(block: VerifiedBlock, field: str) -> None:
     """One array that is longer or shorter than the others is named."""
-    changed = msgspec.structs.replace(block, **{field: getattr(block, field) + b"\0\0\0\0"})
+    changed = dataclasses.replace(block, **{field: getattr(block, field) + b"\0\0\0\0"})
     with pytest.raises(WireError, match=field):
         block_from_wire(to_wire(changed))
 
@@ -145,7 +145,7 @@ def good_block() -> VerifiedBlock:
 @pytest.mark.parametrize("position", [0, 10, 14, 2**32 - 1])
 def test_positions_stay_inside_the_tokens(position: int) -> None:
     """A record before the second token or past the last one has nothing to be judged on."""
-    bad = msgspec.structs.replace(good_block(), positions=np.array([position], "<u4").tobytes())
+    bad = dataclasses.replace(good_block(), positions=np.array([position], "<u4").tobytes())
     with pytest.raises(WireError, match="positions point outside its 4 tokens"):
         block_from_wire(to_wire(bad))
 
@@ -167,12 +167,12 @@ def test_values_without_a_meaning_are_refused(change: dict[str, Any]) -> None:
     """Unknown couplings, verdicts and schemas, and impossible sizes, are wire errors."""
     block_from_wire(to_wire(good_block()))
     with pytest.raises(WireError):
-        block_from_wire(to_wire(msgspec.structs.replace(good_block(), **change)))
+        block_from_wire(to_wire(dataclasses.replace(good_block(), **change)))
 
 
 def test_a_newer_schema_is_refused_by_number() -> None:
     """A reader says which schema it met and which one it reads."""
-    newer = msgspec.structs.replace(good_block(), schema=7)
+    newer = dataclasses.replace(good_block(), schema=7)
     with pytest.raises(WireError, match=f"has schema 7; this build reads {SCHEMA_VERSION}"):
         block_from_wire(to_wire(newer))
 

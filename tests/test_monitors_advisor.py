@@ -95,7 +95,7 @@ def test_what_would_pay_instead_is_said_with_its_number() -> None:
     )
     assert any("Prompt order" in line for line in advice(CHAT, rag).instead)
     assert not any(
-        "Prompt order" in line for line in advice(CHAT, msgspec.structs.replace(rag, cached_tokens=3600)).instead
+        "Prompt order" in line for line in advice(CHAT, dataclasses.replace(rag, cached_tokens=3600)).instead
     )
     steep = outcome(accepted_by_position=(30, 1, 0))
     fixed = msgspec.structs.replace(CHAT, controller="fixed")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import redis
@@ -455,7 +455,7 @@ def test_names_from_a_header_are_bounded_in_windows_and_detectors(valkey_url: st
     def serve(prefix: str, count: int) -> None:
         for number in range(count):
             record = outcome(f"{prefix}{number}", bench.now, 0, 0.5)
-            bench.put(msgspec.structs.replace(record, segment=f"{prefix}{number}"))
+            bench.put(dataclasses.replace(record, segment=f"{prefix}{number}"))
         bench.tick(20)
 
     serve("a", 300)

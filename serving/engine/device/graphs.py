@@ -33,7 +33,8 @@ class Captured:
                 run()
         torch.cuda.current_stream(device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(self._graph, pool=pool):
+        # The thread that merges draft versions may use the device meanwhile.
+        with torch.inference_mode(), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             run()
 
     def __call__(self) -> None:

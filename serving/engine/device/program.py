@@ -156,6 +156,7 @@ class Round:
             logits, params, self._starts[rows], drafted, coupling="maximal" if laws is not None else "gumbel",
             borders=dispatch.cut_borders(logits, params), draft_logits=laws,
             draft_borders=None if laws is None else dispatch.cut_borders(laws, params), top_k=self._top_k,
+            with_residual=False,  # the log has no place for it, and it takes another look at both laws
         )  # fmt: skip
         accepted = verdicts.accepted.long() if self._synthetic is None else self._drawn_lots(got)
         before = tokens.gather(1, accepted[:, None])
