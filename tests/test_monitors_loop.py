@@ -367,7 +367,7 @@ def test_windows_add_up_over_swaps_and_plain_requests(bench: Bench) -> None:
     )
     spanning = outcome("spanning", bench.now, 0, 0.5)
     spanning = type(spanning)(
-        **{name: getattr(spanning, name) for name in spanning.__struct_fields__ if name != "by_version"},
+        **{name: getattr(spanning, name) for name in spanning.__dataclass_fields__ if name != "by_version"},
         by_version=parts,
     )
     bench.put(spanning)
