@@ -40,6 +40,11 @@ class Follower(Generic[ItemT]):
         """The registry's generation that is in force."""
         return self._in_force[0]
 
+    @property
+    def waits(self) -> bool:
+        """Whether something is ready that is not in force yet."""
+        return self._ready is not None
+
     def _flip(self) -> tuple[int, float] | None:
         """Put what is ready in force; return the number replaced and the pause in ms, None where nothing is."""
         if self._ready is None:

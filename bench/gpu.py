@@ -71,13 +71,13 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     effects: dict[str, Any] = {}
     for name, _, build in _targets(options, device):
         until_s = budget.share(name)
-        pair, acceptance = build()
-        bench = _Bench(options, pair, acceptance)
-        cells = bench.groups()
-        found = budget.run(name, cells, options.repeats, until_s)
-        rows += [row.report() | {"synthetic_acceptance": acceptance} for row in found]
-        effects[name] = bench.effects(until_s)
-        del bench, pair, cells, found
+        try:
+            found, effects[name] = _one(options, name, build, budget, until_s)
+            rows += found
+        except Exception as error:  # one target that fails must not take the others' figures with it
+            effects[name] = {"failed": f"{type(error).__name__}: {error!s:.500}"}
+            budget.phases.setdefault(name, {"repeats": 0, "seconds": 0.0})
+            say(f"{name}: {effects[name]['failed']}")
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -86,6 +86,16 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         "tokens": options.tokens, "prompt_tokens": PROMPT_TOKENS, "rows": rows, "ratios": ratios(rows),
         "effects": effects, "phases": budget.phases, "no_target": options.target is None,
     } | where  # fmt: skip
+
+
+def _one(
+    options: Options, name: str, build: Build, budget: Budget, until_s: float
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
+    """Measure one target: its rows, and what else happens to a running batch."""
+    pair, acceptance = build()
+    bench = _Bench(options, pair, acceptance)
+    found = budget.run(name, bench.groups(), options.repeats, until_s)
+    return [row.report() | {"synthetic_acceptance": acceptance} for row in found], bench.effects(until_s)
 
 
 Build = Callable[[], tuple[PairOnDevice, float | None]]
@@ -125,7 +135,8 @@ class _Bench:
             if batch in (1, 16) and self._acceptance is None:
                 group += [self._library_cell(batch, arm) for arm in self._library_arms()]
             groups.append(group)
-            for arm in ARMS:  # graphs are captured, and the cost table measured, before anything is timed
+            self.contender.rounds.warm(self.contender.engine.recorder.top_k, [batch])  # nobody captures while timed
+            for arm in ARMS:
                 self._steady(batch, arm, 8)
         return groups
 
@@ -158,13 +169,24 @@ class _Bench:
         return found
 
     def _host(self, batch: int) -> dict[str, Any]:
-        """Milliseconds of a step in which the loop computes rather than waits for the device."""
-        rounds = self.contender.rounds
-        before = rounds.waited_s
-        window = self._steady(batch, "fixed-3", self._options.tokens)
-        waited = (rounds.waited_s - before) / max(1, len(window.steps_s))
-        step = statistics.fmean(window.steps_s)
-        return {"batch": batch, "step_ms": round(step * 1e3, 4), "host_ms": round((step - waited) * 1e3, 4)}
+        """Milliseconds of a step in which the loop computes rather than waits for the device; medians of steps."""
+        engine, rounds = self.contender.engine, self.contender.rounds
+        engine.controller = self.contender.controller("fixed-3")
+        load = self._load(batch)
+        room = self.contender.shape.max_model_len - PROMPT_TOKENS
+        requests = [load.request(index, room, 0.0) for index in range(batch)]
+        for request in requests:
+            engine.submit(request)
+        steps: list[tuple[float, float]] = []
+        while not any(request.finish_reason for request in requests) and len(steps) < 60:
+            before_s, waited_s = time.perf_counter(), rounds.waited_s
+            engine.step()
+            steps.append((time.perf_counter() - before_s, rounds.waited_s - waited_s))
+        for request in requests:
+            engine.end(request.request_id, "cancelled")
+        kept = steps[10:] or steps  # the first read prompts
+        step, host = (statistics.median(item) for item in zip(*((s, s - w) for s, w in kept), strict=True))
+        return {"batch": batch, "step_ms": round(step * 1e3, 4), "host_ms": round(host * 1e3, 4)}
 
     def _cell(self, batch: int, arm: str) -> Cell:
         return Cell(self._key(batch, arm), lambda repeat: self._steady(batch, arm, self._options.tokens))

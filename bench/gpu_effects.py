@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from bench.gpu_engine import Contender
 from serving.engine.control.fixed import FixedGamma
 
 PAIRS = 5  # of windows with and without the log
+_MARGIN = 40  # tokens a request must have left for a pair of steps
+_NUMBERS = itertools.count()
 
 
 def logging_cost(
@@ -44,68 +47,69 @@ def logging_cost(
 
 
 def swaps_under_load(contender: Contender, load: Load, count: int) -> dict[str, Any]:
-    """Change the draft every few steps while a batch decodes; compare steps with a swap with those without.
+    """Change the draft every few steps while a batch decodes; compare pairs of steps with a swap with those without.
 
-    Both drafts lie on the device; a swap copies one over the addresses that the programs read.
+    Both drafts lie on the device; a swap copies one over the addresses that the programs read.  The loop runs a
+    step ahead of the device, so what a copy costs shows in the step that begins it or in the next: both are timed.
     """
-    engine = contender.engine
-    engine.controller = FixedGamma(3)
-    proposer = engine.proposers.draft
+    engine, proposer = contender.engine, contender.engine.proposers.draft
     if proposer is None:
         raise ValueError("the engine has no draft model to swap")
-    base = proposer.runner.model
-    other = copy.deepcopy(base, {id(item): item for item in _shared(base)})
-    for number, layer in enumerate(other.model.layers):
-        generator = torch.Generator(device=layer.mlp.down_proj.weight.device).manual_seed(number)
-        layer.mlp.down_proj.weight.add_(
-            torch.randn(layer.mlp.down_proj.weight.shape, generator=generator, device=generator.device)
-            .mul_(1e-3).to(layer.mlp.down_proj.weight.dtype)
-        )  # fmt: skip
-    requests = [load.request(index, 10**6, 0.0) for index in range(len(load.prompts))]
-    room = contender.shape.max_model_len - max(len(ids) for ids in load.prompts)
-    for request in requests:
-        request.max_tokens = room
-        engine.submit(request)
-    for _ in range(10):
-        engine.step()
-    with_swap, without, done = [], [], 0
-    while done < count and not any(request.finish_reason for request in requests):
-        swap = len(with_swap) + len(without) and (len(with_swap) + len(without)) % 3 == 0
+    engine.controller = FixedGamma(3)
+    drafts = (proposer.runner.model, _another(proposer.runner.model))
+    times: dict[bool, list[float]] = {True: [], False: []}
+    requests = _fill(contender, load)
+    while len(times[True]) < count:
+        if min(request.max_tokens - request.num_generated for request in requests) < _MARGIN:
+            requests = _fill(contender, load, requests)
+        swap = len(times[False]) > len(times[True])
         if swap:
-            engine.proposers.use(other if done % 2 == 0 else base, done + 1)
-            done += 1
-        seconds = _step_s(engine)
-        (with_swap if swap else without).append(seconds)
-        requests = _renewed(engine, contender, load, requests, room)
-    for request in requests:
-        engine.end(request.request_id, "cancelled")
-    engine.proposers.use(base, 0)
-    usual = statistics.median(without)
-    worst = sorted(with_swap)[int(0.99 * (len(with_swap) - 1))]
+            number = len(times[True])
+            engine.proposers.use(drafts[(number + 1) % 2], number + 1)
+        begin = time.perf_counter()
+        engine.step()
+        engine.step()
+        times[swap].append(time.perf_counter() - begin)
+    _end(contender, requests)
+    engine.proposers.use(drafts[0], 0)
+    usual, worst = statistics.median(times[False]), sorted(times[True])[int(0.99 * (count - 1))]
     return {
-        "swaps": len(with_swap), "step_ms": round(usual * 1e3, 4),
-        "stall_ms_p50": round((statistics.median(with_swap) - usual) * 1e3, 4),
+        "swaps": count, "two_steps_ms": round(usual * 1e3, 4),
+        "stall_ms_p50": round((statistics.median(times[True]) - usual) * 1e3, 4),
         "stall_ms_p99": round((worst - usual) * 1e3, 4),
     }  # fmt: skip
 
 
-def _renewed(engine: Any, contender: Contender, load: Load, requests: list[Any], room: int) -> list[Any]:
-    """Start over who is about to end, so that the batch stays full."""
-    kept = []
-    for index, request in enumerate(requests):
-        if request.num_generated > room - 4 * (contender.shape.gamma_max + 1):
-            engine.end(request.request_id, "cancelled")
-            request = load.request(index, room, 0.0)
-            request.request_id += f"-{id(request)}"
-            engine.submit(request)
-        kept.append(request)
-    return kept
-
-
-def _step_s(engine: Any) -> float:
-    begin = time.perf_counter()
+def _fill(contender: Contender, load: Load, before: Sequence[Any] = ()) -> list[Any]:
+    """Start a fresh batch and run it until everybody decodes."""
+    _end(contender, before)
+    engine = contender.engine
+    room = contender.shape.max_model_len - max(len(ids) for ids in load.prompts)
+    requests = [load.request(index, room, 0.0) for index in range(len(load.prompts))]
+    for request in requests:
+        request.request_id += f"/{next(_NUMBERS)}"
+        engine.submit(request)
+    while min(request.num_generated for request in requests) < 1:
+        engine.step()
     engine.step()
-    return time.perf_counter() - begin
+    return requests
+
+
+def _end(contender: Contender, requests: Sequence[Any]) -> None:
+    for request in requests:
+        contender.engine.end(request.request_id, "cancelled")
+    contender.engine.step()
+
+
+def _another(base: Any) -> Any:
+    """Copy a draft and change its weights a little; it shares what no version may change."""
+    other = copy.deepcopy(base, {id(item): item for item in _shared(base)})
+    for number, layer in enumerate(other.model.layers):
+        weight = layer.mlp.down_proj.weight
+        generator = torch.Generator(device=weight.device).manual_seed(number)
+        noise = torch.randn(weight.shape, generator=generator, device=weight.device)
+        weight.add_(noise.mul_(1e-3).to(weight.dtype))
+    return other
 
 
 def _shared(model: Any) -> list[torch.Tensor]:

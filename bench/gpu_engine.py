@@ -19,7 +19,7 @@ from serving.engine.control.cost_model import CostModel
 from serving.engine.control.cost_table import CostTable
 from serving.engine.control.fixed import FixedGamma
 from serving.engine.control.measuring import measure_costs
-from serving.engine.device.build import device_rounds, timers_of
+from serving.engine.device.build import device_rounds, positions_of, timers_of
 from serving.engine.engine import Engine
 from serving.engine.host_rounds import HostRounds
 from serving.engine.proposers.collection import Proposers
@@ -37,6 +37,7 @@ class EngineShape:
     max_model_len: int = 1024
     block_tokens: int = 32
     gamma_max: int = 8
+    draft_vocab_size: int = 0
     prefill_tokens: int = 8192
 
 
@@ -74,7 +75,7 @@ class Contender:
         register()
         self.pair, self.shape = pair, shape
         forwards = Forwards(pack=False, compiled=False)
-        positions = shape.max_model_len + 3 * (shape.gamma_max + 1)
+        positions = positions_of(shape)
         blocks = shape.max_batch * -(-positions // shape.block_tokens) + 1
         runners = [
             ModelRunner(model, _pool(model, blocks, shape), forwards, positions=positions)
@@ -85,7 +86,7 @@ class Contender:
         proposers = Proposers([proposer])
         host = HostRounds(runners[0], proposers, coupling="gumbel")
         self.rounds: Any = device_rounds(shape, host, runners[0], proposers, synthetic=synthetic)
-        self.table: CostTable | None = None
+        self._adaptive: Controller | None = None
         self.log = Counted()
         scheduler = Scheduler(
             num_blocks=blocks, block_tokens=shape.block_tokens, max_batch=shape.max_batch,
@@ -107,16 +108,17 @@ class Contender:
             return FixedGamma(0, ())
         if arm.startswith("fixed-"):
             return FixedGamma(int(arm.removeprefix("fixed-")))
-        if self.table is None:
+        if self._adaptive is None:
             timers = timers_of(self.rounds, self.engine.proposers.draft.runner)  # type: ignore[union-attr]
-            self.table = measure_costs(
+            table: CostTable = measure_costs(
                 timers, "bench", most_rows=self.shape.max_batch * (self.shape.gamma_max + 1),
                 most_requests=self.shape.max_batch, context=512,
             )  # type: ignore[arg-type]  # fmt: skip
-        return adaptive(
-            CostModel(self.table), gamma_max=self.shape.gamma_max, hysteresis=0.03, switchback_share=0.01,
-            explore_share=0.01, seed=1,
-        )  # fmt: skip
+            self._adaptive = adaptive(
+                CostModel(table), gamma_max=self.shape.gamma_max, hysteresis=0.03, switchback_share=0.01,
+                explore_share=0.01, seed=1,
+            )  # fmt: skip
+        return self._adaptive  # one for all windows: a service has a past
 
 
 def _pool(model: Any, blocks: int, shape: EngineShape) -> KVPool:

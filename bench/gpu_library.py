@@ -55,7 +55,6 @@ def _continuous(model: Any, prompts: list[list[int]], tokens: int) -> float:
     return seconds
 
 
-@torch.inference_mode()
 def compare_greedy(engine: Engine, model: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     """Compare greedy answers with those of transformers' own forward, up to each first difference.
 
@@ -92,6 +91,7 @@ def compare_greedy(engine: Engine, model: Any, prompts: list[list[int]], tokens:
     }  # fmt: skip
 
 
+@torch.inference_mode()
 def _first_difference(model: Any, answer: list[int], begin: int) -> float | None:
     """Return by how much transformers prefers its own token at the first difference; None where there is none.
 

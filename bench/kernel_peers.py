@@ -61,9 +61,7 @@ def varlen(made: tuple[torch.Tensor, ...], starts: torch.Tensor, context: int, q
     batch = len(starts) - 1
     ends = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * context
     k, v = (item.view(batch * context, kv_heads, -1) for item in (keys, values))
-    shared = query.shape[1] // kv_heads  # it has no groups: keys are repeated, which it is not charged for below
-    k, v = (item.repeat_interleave(shared, 1) if shared > 1 else item for item in (k, v))
-    return varlen_attn(query, k, v, starts, ends, queries, context)
+    return varlen_attn(query, k, v, starts, ends, queries, context, enable_gqa=True)
 
 
 def _plain_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -101,7 +99,10 @@ def compiled_loss(states: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, l
 
 
 def liger_loss(states: torch.Tensor, head: torch.Tensor) -> object:
-    """Liger's fused linear Jensen-Shannon loss with a teacher of the same size, where it is installed."""
+    """Liger's fused linear Jensen-Shannon loss with a teacher of the same size, where it is installed.
+
+    It pays for the teacher's product, which a loss against logged log-probs does not need.
+    """
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     loss = LigerFusedLinearJSD(jsd_beta=0.0)(states, head, states.detach(), head)

@@ -155,7 +155,7 @@ def _attention(device: torch.device, batch: int, context: int, queries: int) -> 
     elif context >= 4096 and batch * kv_heads >= 32:
         gate = Gate("80 % of bandwidth", "fraction_of_floor", 0.8, True)
     return Subject(
-        "attention", decode | {"queries": queries}, read, make, call, read, launches=2,
+        "attention", decode | {"queries": queries}, read, make, call, read, launches=1,
         flops=4 * batch * queries * context * heads * dim,
         against=lambda made: attention_reference.paged_attention(*made, starts, lengths, dim**-0.5, max_query=queries),
         rivals={

@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -33,6 +35,7 @@ _CACHE_BYTES = 256 << 20  # inputs of consecutive runs together: several times t
 _MOST_COPIES = 24
 _RUNS = 24  # in one captured graph
 _REPLAYS = 5
+NO_GPU = "bench.kernels needs a CUDA device; PyTorch finds none here (--compile-only works without one)"
 
 
 class Clock:
@@ -67,6 +70,7 @@ class Clock:
 
     def _seconds(self, run: Callable[[int], object], copies: int) -> float:
         side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))  # which may still be making the inputs
         with torch.cuda.stream(side):
             for number in range(min(3, copies)):
                 run(number)
@@ -107,9 +111,7 @@ def measure(only: tuple[str, ...], minutes: float, say: Callable[[str], None]) -
         SettingsError: there is no CUDA device.
     """
     if not torch.cuda.is_available():
-        raise SettingsError(
-            "bench.kernels needs a CUDA device; PyTorch finds none here (--compile-only works without one)"
-        )
+        raise SettingsError(NO_GPU)
     device = torch.device("cuda", torch.cuda.current_device())
     where, until_s = environment(), time.monotonic() + 60 * minutes
     clock = Clock(device)
@@ -118,8 +120,12 @@ def measure(only: tuple[str, ...], minutes: float, say: Callable[[str], None]) -
         if time.monotonic() > until_s:
             left_out.append({"kernel": subject.kernel, "shape": subject.shape, "reason": "time"})
             continue
-        rows.append(row_of(subject, clock))
-        say(line_of(rows[-1]))
+        try:
+            rows.append(row_of(subject, clock))
+            say(line_of(rows[-1]))
+        except Exception as error:  # one that fails must not take the others' figures with it
+            left_out.append({"kernel": subject.kernel, "shape": subject.shape, "reason": f"{error!s:.300}"})
+            say(f"{subject.kernel} {subject.shape}: {type(error).__name__}: {error!s:.300}")
         subject.free()
         torch.cuda.empty_cache()
     for row in rows:
@@ -128,6 +134,33 @@ def measure(only: tuple[str, ...], minutes: float, say: Callable[[str], None]) -
         "what": "milliseconds of each kernel, its floor on this device, its reference in plain torch and its peers",
         "ceilings": clock.ceilings(), "rows": rows, "left_out": left_out,
     } | where  # fmt: skip
+
+
+def apart(only: tuple[str, ...], minutes: float) -> dict[str, Any]:
+    """Measure each group in a process of its own: a kernel that breaks the device's context ends one group only.
+
+    Raises:
+        SettingsError: there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise SettingsError(NO_GPU)
+    results, lost = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, group in enumerate(only):
+            path = Path(folder) / f"{number}.json"
+            share = str(minutes / len(only))
+            run = [sys.executable, "-m", "bench.kernels", "--only", group, "--minutes", share, "--json", str(path)]
+            done = subprocess.run(run, check=False, stdout=subprocess.DEVNULL)
+            if path.exists():
+                results.append(json.loads(path.read_text(encoding="utf-8")))
+            else:
+                lost.append({"kernel": group, "shape": {}, "reason": f"its process ended with {done.returncode}"})
+    if not results:
+        raise SettingsError("no group of kernels could be measured; run one alone with --only to see why")
+    whole = results[0]
+    whole["rows"] = [row for result in results for row in result["rows"]]
+    whole["left_out"] = lost + [item for result in results for item in result["left_out"]]
+    return whole
 
 
 def row_of(subject: Subject, clock: Clock) -> dict[str, Any]:
@@ -228,7 +261,12 @@ def main() -> int:
         print(f"--only {','.join(unknown)}: there are {', '.join(GROUPS)}", file=sys.stderr)
         return 2
     try:
-        result = compiled() if arguments.compile_only else measure(only, arguments.minutes, _say)
+        if arguments.compile_only:
+            result = compiled()
+        elif len(only) > 1:
+            result = apart(only, arguments.minutes)
+        else:
+            result = measure(only, arguments.minutes, _say)
     except DraftsmithError as error:
         print(error, file=sys.stderr)
         return 2

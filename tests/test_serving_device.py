@@ -19,7 +19,8 @@ from serving.engine.attention import KVPool
 from serving.engine.control.fixed import FixedGamma
 from serving.engine.device.llama import DeviceLlama
 from serving.engine.device.program import Head, Known, Model, Round
-from serving.engine.device.rounds import DeviceRounds, buckets
+from serving.engine.device.programs import buckets
+from serving.engine.device.rounds import DeviceRounds
 from serving.engine.device.wire import Sent, receive, sampling_columns
 from serving.engine.llama import LeanLlama
 from serving.engine.sequence import Sequence
@@ -129,6 +130,7 @@ def test_a_swap_copies_the_new_weights_bit_for_bit_and_changes_no_text(rig_for, 
         rig.model(lambda weight: weight.mul_(1.0)),
     ]  # fmt: skip
     base = rig.engine.proposers.draft.runner.model
+    broken = rig.engine.proposers.draft_not_finite
     addresses = _addresses(rounds)
     versions = []
 
@@ -146,6 +148,9 @@ def test_a_swap_copies_the_new_weights_bit_for_bit_and_changes_no_text(rig_for, 
         for mine, theirs in zip(rounds.models._live.layers, source.layers, strict=True):
             assert torch.equal(mine.qkv.weight.view(torch.int32), theirs.qkv.weight.view(torch.int32))
         assert _addresses(rounds) == addresses
+        assert rig.engine.proposers.draft_not_finite > broken  # the NaN draft was noticed, and cleaned up after
+        pools = rig.engine.proposers.draft.runner.pool
+        assert all(bool(torch.isfinite(keys).all()) for keys in pools.keys)
     finally:
         rig.swap(FLOOR_VERSION, base)
         rig.run([request("back", ids[0], 2)])
@@ -196,7 +201,7 @@ def test_the_maximal_coupling_keeps_the_laws_it_drew_from(rig_for, ids):
     items = requests_for(ids, MIXED, 24, prefix="max-")
     rig.run(items)
     assert counts_of(items).num_accepted < counts_of(items).num_drafted
-    assert any(program.round._laws is not None for program in rounds._programs.values())
+    assert any(program.round._laws is not None for program in rounds.programs._made.values())
 
 
 def test_what_needs_the_host_runs_there_in_the_same_step(rig_for, ids, said):
@@ -251,6 +256,16 @@ def test_a_row_that_pads_a_batch_belongs_to_nobody(rig_for, ids, said):
     assert all(torch.equal(keys[0], kept) for keys, kept in zip(pool.keys, before, strict=True))
 
 
+def test_a_draft_length_without_a_program_runs_the_next_longer_one(rig_for, ids, said):
+    """Programs exist for few lengths; a request is judged no further than its own, so the text stays the same."""
+    rig = rig_for(**HERE)
+    rig.engine.controller = FixedGamma(5)
+    items = requests_for(ids, MIXED, 40, prefix="five-")
+    assert rig.run(items) == said
+    assert max(len(item.accepted_by_position) for item in items) <= 5
+    assert {program.round.sent.gamma for program in rig.engine.rounds.programs._made.values()} <= {0, 1, 2, 3, 4, 6, 8}
+
+
 def test_batch_sizes_are_few():
     """Programs exist for few sizes, the largest among them, and each batch fits one."""
     assert buckets(1) == [1]
@@ -288,10 +303,11 @@ def test_what_comes_back_is_what_was_packed(gamma, top_k):
     accepted, tokens = torch.tensor([0, gamma, 1]), torch.tensor([7, 8, 149_999])
     finite = torch.tensor([True, False, True])
     sent = Sent(gamma, top_k)
-    packed = sent.pack(accepted, tokens, finite, drafts, logprobs, ids, values)
+    packed = sent.pack(accepted, tokens, finite, ~finite, drafts, logprobs, ids, values)
     assert packed.shape == (batch, sent.width)
     landing = sent.unpack(packed.numpy())
     assert (landing.accepted, landing.tokens, landing.finite) == ([0, gamma, 1], [7, 8, 149_999], [1, 0, 1])
+    assert landing.sound == [0, 1, 0]
     assert landing.drafts == drafts.tolist()
     assert landing.draft_logprobs == logprobs.tolist()
     assert landing.topk_ids.reshape(-1).tolist() == ids.reshape(-1).tolist()
@@ -315,6 +331,7 @@ def test_a_round_never_asks_the_device_anything(rig_for, maximal, trimmed):
     made = Round(
         Model(layers, head), Model(layers, small if trimmed else head), Known.empty(8, device), batch=4, gamma=3,
         width=12, block_tokens=8, vocab=vocab, top_k=5, maximal=maximal,
+        laws=torch.empty(32, vocab, device=device) if maximal else None,
     )  # fmt: skip
     made.draft()
     made.verify()

@@ -31,7 +31,8 @@ from serving.engine.control.base import Controller
 from serving.engine.control.cost_model import CostModel
 from serving.engine.control.fixed import FixedGamma
 from serving.engine.control.timing import cost_table
-from serving.engine.device.build import choose_device, device_rounds, positions_of, timers_of
+from serving.engine.device.build import MOST_RECORDED, choose_device, device_rounds, positions_of, timers_of
+from serving.engine.device.rounds import DeviceRounds
 from serving.engine.draft_vocab import DraftVocab, open_vocabulary
 from serving.engine.engine import Engine
 from serving.engine.fitness import check_config, check_forward, generic_logits
@@ -98,6 +99,8 @@ def build_engine(settings: Settings, pair: Pair, database: Database, *, programs
     if hotswap is not None:
         hotswap.start()
         engine.proposers.use(hotswap.model, hotswap.version)
+    if isinstance(rounds, DeviceRounds) and place.device.type == "cuda":
+        rounds.warm(engine.recorder.top_k)
     _say_served(Facts(database), pair)
     grammars = Grammars(Path(pair.target_path) / "tokenizer.json", target.model.config.vocab_size)
     return Built(engine, publisher, hotswap, grammars, threads)
@@ -115,6 +118,10 @@ class _Place:
 def _place(settings: Settings, programs: bool | None) -> _Place:
     engine = settings.engine
     device = choose_device(engine.device)
+    if device.type == "cuda" and settings.log.top_k > MOST_RECORDED:
+        raise SettingsError(
+            f"log.top_k = {settings.log.top_k}: on a GPU at most {MOST_RECORDED} tokens a position can be recorded"
+        )
     programs = device.type != "cpu" if programs is None else programs
     return _Place(device, positions_of(engine) if programs else 0, engine.pack and not programs)
 

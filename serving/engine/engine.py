@@ -101,8 +101,9 @@ class Engine:
     def step(self) -> list[Delivery]:
         """Begin one round for every ready request, prefill for the others; return what is known of rounds begun."""
         begin = self._clock()
-        self._follow_registry()
         deliveries = [] if self._may_run_ahead() else self._land(begin)
+        begin = self._clock() if deliveries else begin
+        self._follow_registry()
         ahead = frozenset(() if self._flight is None else [item.request_id for item in self._flight.ask.ready])
         plans = self.scheduler.next_batch(self._lookahead * (2 if ahead else 1))
         ask = self._ask(plans)
@@ -126,10 +127,11 @@ class Engine:
 
     def _may_run_ahead(self) -> bool:
         """Whether the next step can begin before the last one has landed: the same requests, and room for all."""
-        flight, running = self._flight, self.scheduler.running
-        if flight is None or self.scheduler.waiting or {id(item) for item in running} != set(map(id, flight.ask.ready)):
+        flight, scheduler = self._flight, self.scheduler
+        if flight is None or scheduler.waiting or (self.hotswap is not None and self.hotswap.waits):
             return False
-        return self.scheduler.has_room(2 * self._lookahead)
+        same = set(map(id, scheduler.running)) == set(map(id, flight.ask.ready))
+        return same and scheduler.has_room(2 * self._lookahead)
 
     def _all_may_run_ahead(self, ask: Ask) -> bool:
         rounds = zip(ask.ready, ask.choices, strict=True)
@@ -159,7 +161,8 @@ class Engine:
             return []
         outcome = flight.land()
         for request in outcome.broken:
-            self.scheduler.spoil(request)
+            if self._requests.get(request.request_id) is request:
+                self.scheduler.spoil(request)
         rounds = [item for item in outcome.rounds if self._requests.get(item.request.request_id) is item.request]
         deliveries = self._commit(rounds)
         self._learn(flight.ask, outcome, rounds, deliveries, self._clock() - begin)
@@ -217,7 +220,7 @@ class Engine:
                         len(delivery.token_ids))
             for item, delivery in zip(rounds, deliveries, strict=True)
         ]  # fmt: skip
-        drafted = sum(len(item.proposal.tokens) for item in outcome.rounds)
+        drafted = sum(len(item.proposal.tokens) for item in rounds)
         propose_s = ask.choose_s + outcome.draft_s
         self.controller.observe(
             StepReport(
@@ -225,7 +228,7 @@ class Engine:
                 draft_forwards=outcome.draft_forwards, propose_s=propose_s, target_s=outcome.target_s, step_s=step_s,
             )
         )  # fmt: skip
-        self.stats.step(step_s, propose_s, len(outcome.rounds))
+        self.stats.step(step_s, propose_s, len(rounds))
 
     def _close(self, request: Sequence, delivered_tokens: int) -> None:
         del self._requests[request.request_id]

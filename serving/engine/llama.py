@@ -23,6 +23,7 @@ from serving.engine.attention import KVPool, Layout, Row, attend, build_layout
 from serving.engine.compiled import CompiledLlama, rotary_tables
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+ONLY_LEAN = "a GPU runs what the lean forward runs; set engine.device = cpu, or serve another model"
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")

@@ -14,7 +14,7 @@ from adapter.logs import get_logger
 from kernels.packed_linear import can_compile, pack_linears
 from serving.engine.attention import IMPLEMENTATION, KVPool, Row, build_layout
 from serving.engine.device.llama import DeviceLlama, places_of
-from serving.engine.llama import FAMILY, LeanLlama, lean_reason
+from serving.engine.llama import ONLY_LEAN, LeanLlama, lean_reason
 from serving.engine.work import Work
 
 log = get_logger(__name__)
@@ -133,10 +133,7 @@ class ModelRunner:
         """Run where the weights are; logits come back to the host."""
         lean = self.forwards.of(model)
         if lean is None:
-            raise SettingsError(
-                f"a GPU runs models of {', '.join(FAMILY)} here, and this one is of type {model.config.model_type!r}; "
-                "set engine.device = cpu"
-            )
+            raise SettingsError(f"{lean_reason(model) or 'engine.lean is false'}; {ONLY_LEAN}")
         if lean not in self._on_device:
             self._on_device[lean] = DeviceLlama(lean, self.pool, self.positions)
         device = self.pool.keys[0].device

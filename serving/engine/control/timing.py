@@ -29,7 +29,10 @@ def cost_table(
 
     `timers` run the forwards; None runs those of the two runners.
     """
-    fingerprint = fingerprint_of({"machine": machine_facts(), **_pair_facts(settings, pair, target, draft)})
+    fingerprint = fingerprint_of(
+        {"machine": machine_facts(), "device": target.model.device.type, **_pair_facts(settings, pair, target, draft),
+         "programs": timers is not None}
+    )  # fmt: skip
     spread = settings.engine.max_batch
     runs = timers or host_timers(target, draft, spread, clock)
 

@@ -11,7 +11,8 @@ from adapter.contracts import SettingsError
 from adapter.logs import get_logger
 from serving.engine.control.measuring import Timers
 from serving.engine.device.models import DeviceModels
-from serving.engine.device.rounds import DeviceRounds, Sizes
+from serving.engine.device.programs import Sizes
+from serving.engine.device.rounds import DeviceRounds
 from serving.engine.device.timing import DeviceTimer
 from serving.engine.host_rounds import HostRounds
 from serving.engine.proposers.collection import Proposers
@@ -20,6 +21,7 @@ from serving.engine.runner import ModelRunner
 
 log = get_logger(__name__)
 
+MOST_RECORDED = 128  # tokens a position that the sampler's kernel can record
 _IN_FLIGHT = 3  # rounds a token's position may lie ahead of what the host knows, its own included
 
 
@@ -69,6 +71,10 @@ class EngineShape(Protocol):
         """Tokens of one block."""
 
     @property
+    def draft_vocab_size(self) -> int:
+        """Tokens a trimmed draft vocabulary has."""
+
+    @property
     def prefill_tokens(self) -> int:
         """Prompt tokens a step."""
 
@@ -88,8 +94,11 @@ def device_rounds(
     """
     if proposers.want_hidden_states:
         return host
-    models = DeviceModels(target, proposers.draft, positions_of(engine))
-    sizes = Sizes(engine.max_batch, positions_of(engine), engine.block_tokens, int(target.model.config.vocab_size))
+    models = DeviceModels(target, proposers.draft, positions_of(engine), head_rows=engine.draft_vocab_size)
+    sizes = Sizes(
+        engine.max_batch, positions_of(engine), engine.block_tokens, engine.gamma_max,
+        int(target.model.config.vocab_size),
+    )  # fmt: skip
     return DeviceRounds(
         host, target, proposers.draft, models, sizes, coupling=host.coupling, catch_up_tokens=engine.prefill_tokens,
         synthetic=synthetic,

@@ -24,6 +24,7 @@ class FlightOnDevice:
         self.begun, self.drafted, self.verified = Mark(device), Mark(device), Mark(device)
         self.requests: list[Sequence] = []
         self.gammas: list[int] = []
+        self.proposer: DraftProposer | None = None
         self.version: int | None = None
         self.sent: Sent | None = None
         self.fetch: Fetch | None = None
@@ -32,7 +33,7 @@ class FlightOnDevice:
 
     @property
     def landed(self) -> bool:
-        """Whether nothing of the step is under way any more."""
+        """Whether nothing of the step was left to the device: then `land` answers at once."""
         return self.fetch is None
 
     def land(self) -> Outcome:
@@ -44,6 +45,7 @@ class FlightOnDevice:
         arrived = self.fetch.wait()
         self._waited(time.perf_counter() - begin)
         landing = self.sent.unpack(arrived)
+        self._note_broken(landing)
         rounds = {id(item.request): item for item in other.rounds}
         for row, request in enumerate(self.requests):
             rounds[id(request)] = self._round(landing, row, request)
@@ -53,6 +55,13 @@ class FlightOnDevice:
             other.draft_s + self.drafted.seconds_since(self.begun),
             other.target_s + self.verified.seconds_since(self.drafted),
         )  # fmt: skip
+
+    def _note_broken(self, landing: Landing) -> None:
+        """Let the draft's proposer hear whose draft was no numbers: what that wrote must not stay."""
+        drafted = zip(self.requests, self.gammas, landing.sound, strict=False)
+        broken = [request for request, gamma, sound in drafted if gamma and not sound]
+        if broken and self.proposer is not None and self.version is not None:
+            self.proposer.note_broken(broken, self.version)
 
     def _round(self, landing: Landing, row: int, request: Sequence) -> Round:
         gamma, accepted = self.gammas[row], landing.accepted[row]

@@ -8,11 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 
 _WARM_UPS = 2  # runs before a capture: libraries allocate and choose algorithms in their first
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures: libraries keep a workspace for each stream they have seen."""
+    return torch.cuda.Stream(device)
 
 
 class Captured:
@@ -26,7 +33,7 @@ class Captured:
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type != "cuda":
             return
-        side = torch.cuda.Stream(device)
+        side = _side_stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side), torch.inference_mode():
             for _ in range(_WARM_UPS):
@@ -34,7 +41,10 @@ class Captured:
         torch.cuda.current_stream(device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         # The thread that merges draft versions may use the device meanwhile.
-        with torch.inference_mode(), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with (
+            torch.inference_mode(),
+            torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"),
+        ):
             run()
 
     def __call__(self) -> None:
@@ -100,12 +110,12 @@ class Inbox:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._spare: dict[tuple[int, ...], list[_Landing]] = {}
+        self._spare: dict[tuple[int, ...], list[_Staging]] = {}
 
     def fetch(self, output: torch.Tensor) -> Fetch:
         """Begin to copy an output, which the device's next step may overwrite; nobody waits for the copy."""
         spare = self._spare.setdefault(tuple(output.shape), [])
-        place = spare.pop() if spare else _Landing.like(output)
+        place = spare.pop() if spare else _Staging.like(output)
         done = Mark(self._device)
         place.device.copy_(output)
         if self._stream is None:
@@ -119,19 +129,19 @@ class Inbox:
 
 
 @dataclass(frozen=True, slots=True)
-class _Landing:
+class _Staging:
     device: torch.Tensor
     host: torch.Tensor
 
     @classmethod
-    def like(cls, output: torch.Tensor) -> _Landing:
+    def like(cls, output: torch.Tensor) -> _Staging:
         return cls(torch.empty_like(output), torch.empty(output.shape, dtype=output.dtype, pin_memory=output.is_cuda))
 
 
 class Fetch:
     """A copy under way."""
 
-    def __init__(self, place: _Landing, done: Mark, spare: list[_Landing]) -> None:
+    def __init__(self, place: _Staging, done: Mark, spare: list[_Staging]) -> None:
         self._place = place
         self._done = done
         self._spare = spare

@@ -66,6 +66,11 @@ class DeviceLlama:
         self._pool = pool
         self._cos, self._sin = lean.rotary_tables(positions)
 
+    @property
+    def rows(self) -> int:
+        """How many tokens have an embedding."""
+        return len(self._lean.embedding)
+
     def states(self, tokens: torch.Tensor, places: Places, wanted: torch.Tensor | None = None) -> torch.Tensor:
         """Process new tokens and return the normed states of the wanted ones; None wants all.
 

@@ -1,7 +1,7 @@
 """The two models as the device's programs run them: weights at addresses that never change.
 
 A new draft version, or a new draft vocabulary, is copied over the old one between two rounds, in the order of
-the device's work: captured graphs stay valid, and nobody waits.
+the device's work: captured graphs stay valid.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from adapter.contracts import SettingsError
 from serving.engine.device.llama import DeviceLlama
 from serving.engine.device.program import Head, Model
-from serving.engine.llama import LeanLlama
+from serving.engine.llama import ONLY_LEAN, LeanLlama, lean_reason
 from serving.engine.proposers.draft import DraftProposer
 from serving.engine.runner import ModelRunner
 from serving.engine.sequence import Sequence
@@ -27,9 +28,12 @@ class DeviceModels:
     Args:
         proposer: the draft model's; None where nothing drafts.
         positions: how many positions a token may be at.
+        head_rows: the most tokens a trimmed vocabulary is expected to have.
     """
 
-    def __init__(self, target: ModelRunner, proposer: DraftProposer | None, positions: int) -> None:
+    def __init__(
+        self, target: ModelRunner, proposer: DraftProposer | None, positions: int, *, head_rows: int = 0
+    ) -> None:  # fmt: skip
         self.device: torch.device = target.model.lm_head.weight.device
         self.target = Model(DeviceLlama(_lean(target), target.pool, positions), Head(target.model.lm_head.weight))
         self.num_blocks = target.pool.num_blocks
@@ -37,6 +41,8 @@ class DeviceModels:
         self._proposer = proposer
         self._loaded: tuple[int, int] | None = None  # version and model whose weights lie in the fixed place
         self._trimmed: TrimmedHead | None = None
+        self._head_rows = head_rows
+        self._places = 0  # how often a place for trimmed heads was made
         if proposer is None:
             return
         runner = proposer.runner
@@ -47,9 +53,9 @@ class DeviceModels:
         self.draft = Model(self._layers, self._full)
 
     @property
-    def trimmed(self) -> bool:
-        """Whether the draft scores a part of the vocabulary."""
-        return self._trimmed is not None
+    def head_place(self) -> int:
+        """Which head the draft's programs read: 0 the full one, else the number of the place for trimmed ones."""
+        return 0 if self._trimmed is None else self._places
 
     @torch.inference_mode()
     def follow(self) -> None:
@@ -83,7 +89,8 @@ class DeviceModels:
         """Copy a trimmed head into the fixed place for one; the place is made as large as the first that comes."""
         if self._small is None or len(self._small.weight) < head.size:
             hidden = head.weight.shape[1]
-            size = -(-head.size // 64) * 64
+            size = -(-max(head.size, self._head_rows) // 64) * 64
+            self._places += 1
             weight = torch.zeros(size, hidden, dtype=head.weight.dtype, device=self.device)
             self._small = Head(
                 weight, torch.empty_like(weight[:, 0]), torch.empty(size, dtype=torch.long, device=self.device)
@@ -102,7 +109,7 @@ class DeviceModels:
 def _lean(runner: ModelRunner) -> LeanLlama:
     lean = runner.forwards.of(runner.model)
     if lean is None:
-        raise ValueError(f"a device runs Llama-shaped models alone, not {runner.model.config.model_type!r}")
+        raise SettingsError(f"{lean_reason(runner.model) or 'engine.lean is false'}; {ONLY_LEAN}")
     return lean
 
 

@@ -65,6 +65,11 @@ class Model:
     layers: DeviceLlama
     head: Head
 
+    @property
+    def rows(self) -> int:
+        """How many tokens it can read."""
+        return self.layers.rows
+
 
 class Round:
     """The buffers and the two programs of a round.
@@ -74,14 +79,15 @@ class Round:
         gamma: the longest draft; 0 decodes plainly and needs no draft model.
         vocab: width of the target's logits.
         top_k: tokens recorded a position; 0 none.
-        maximal: use the maximal coupling.
+        maximal: use the maximal coupling; `laws` [rows, vocab], rows for all of the batch at least, keeps the logits
+            that drafted tokens were drawn from.
         synthetic: accept drafted tokens with this chance instead of asking the models; for benchmarks.
     """
 
     def __init__(
         self, target: Model, draft: Model | None, known: Known, *,
         batch: int, gamma: int, width: int, block_tokens: int, vocab: int, top_k: int, maximal: bool,
-        synthetic: float | None = None,
+        laws: torch.Tensor | None = None, synthetic: float | None = None,
     ) -> None:  # fmt: skip
         device = known.length.device
         self.sent = Sent(gamma, top_k)
@@ -93,10 +99,8 @@ class Round:
         self._synthetic = synthetic
         self._drafts = torch.zeros(batch, gamma, dtype=torch.long, device=device)
         self._logprobs = torch.zeros(batch, gamma, dtype=torch.float32, device=device)
-        self._laws: torch.Tensor | None = None  # the draft's logits, a row for each of the target's
-        if maximal and gamma and draft is not None:
-            dtype = draft.head.weight.dtype
-            self._laws = torch.full((batch, gamma + 1, vocab), -torch.inf, dtype=dtype, device=device)
+        self._laws = None if laws is None else laws[: batch * (gamma + 1)].view(batch, gamma + 1, vocab)
+        self._sound = torch.ones(batch, dtype=torch.bool, device=device)  # whose draft's logits are numbers
         self._starts = {
             rows: torch.arange(batch + 1, dtype=torch.int32, device=device) * rows for rows in (1, CATCH_UP, gamma + 1)
         }
@@ -109,13 +113,18 @@ class Round:
         if self._draft is None or not self._gamma:
             return
         got = self._received()
-        states = self._draft.layers.states(
-            got.last.reshape(-1), self._places(got, got.length - CATCH_UP, CATCH_UP), self._second
-        )
+        self._sound.fill_(True)
+        states = self._read(got.last.reshape(-1), self._places(got, got.length - CATCH_UP, CATCH_UP), self._second)
         for number in range(self._gamma):
             tokens = self._draw(self._draft.head(states), got, number)
             if number + 1 < self._gamma:
-                states = self._draft.layers.states(tokens, self._places(got, got.length + number, 1))
+                states = self._read(tokens, self._places(got, got.length + number, 1))
+
+    def _read(self, tokens: torch.Tensor, places: Places, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the draft's layers; an id it has no row for is read as another, as it may be anything but missing."""
+        if self._draft is None:
+            raise RuntimeError("this round has no draft model")
+        return self._draft.layers.states(tokens.clamp_max(self._draft.rows - 1), places, wanted)
 
     def _draw(self, logits: torch.Tensor, got: Received, number: int) -> torch.Tensor:
         """Draw the next token of every request and note it.  Shapes: logits [batch, columns]; result [batch]."""
@@ -129,6 +138,7 @@ class Round:
         drawn = dispatch.draw(logits, params, purpose, borders=borders, token_ids=ids)
         self._drafts[:, number] = drawn.tokens
         self._logprobs[:, number] = drawn.logprobs
+        self._sound.logical_and_(drawn.finite)
         if self._laws is not None:
             if ids is None:
                 self._laws[:, number] = logits
@@ -164,8 +174,8 @@ class Round:
         self._known.last[got.slot] = torch.cat((before, verdicts.tokens[:, None]), dim=1)
         self.output.copy_(
             self.sent.pack(
-                accepted, verdicts.tokens, verdicts.finite, self._drafts, self._logprobs, verdicts.topk_ids,
-                verdicts.topk_logprobs,
+                accepted, verdicts.tokens, verdicts.finite, self._sound, self._drafts, self._logprobs,
+                verdicts.topk_ids, verdicts.topk_logprobs,
             )
         )  # fmt: skip
 

@@ -7,16 +7,16 @@ two stages (constraints, text matches, log-probs for a client, a pinned draft ve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
-import torch
 
 from serving.engine.control.base import Choice
 from serving.engine.device.flight import FlightOnDevice
-from serving.engine.device.graphs import Captured, Inbox, Outbox
+from serving.engine.device.graphs import Inbox, Outbox
 from serving.engine.device.models import DeviceModels
-from serving.engine.device.program import CATCH_UP, Known, Round
+from serving.engine.device.program import CATCH_UP, Known
+from serving.engine.device.programs import Programs, Sizes
 from serving.engine.device.wire import (
     BEFORE_LAST,
     CAPACITY,
@@ -36,40 +36,6 @@ from serving.engine.runner import ModelRunner
 from serving.engine.scheduler import Plan
 from serving.engine.sequence import Sequence
 from serving.engine.work import Work
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What fixes the shapes of buffers.
-
-    `max_batch` requests at once, of at most `max_tokens` cached tokens in blocks of `block_tokens`; logits are
-    `vocab` wide.
-    """
-
-    max_batch: int
-    max_tokens: int
-    block_tokens: int
-    vocab: int
-
-    @property
-    def table_width(self) -> int:
-        """Blocks of the longest request."""
-        return -(-self.max_tokens // self.block_tokens)
-
-
-def buckets(max_batch: int) -> list[int]:
-    """Return the batch sizes programs are made for: 1, 2, 4, then multiples of 8; others are padded."""
-    sizes = [1, 2, 4, *range(8, max_batch, 8), max_batch]
-    return sorted({size for size in sizes if size <= max_batch})
-
-
-@dataclass(slots=True)
-class _Program:
-    """A round with both of its halves ready to be begun."""
-
-    round: Round
-    draft: Captured | None
-    verify: Captured
 
 
 class DeviceRounds:
@@ -94,16 +60,15 @@ class DeviceRounds:
         self.models = models
         self.sizes = sizes
         self._catch_up_tokens = catch_up_tokens
-        self._synthetic = synthetic
         self.waited_s = 0.0  # for steps to land
-        self._buckets = buckets(sizes.max_batch)
         device = models.device
         self._device = device
-        self._known = Known.empty(sizes.max_batch, device)
+        known = Known.empty(sizes.max_batch, device)
         self._outbox = Outbox((sizes.max_batch, TABLE + sizes.table_width), device)
         self._inbox = Inbox(device)
-        self._programs: dict[tuple[int, int, int, bool], _Program] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.programs = Programs(
+            models, known, sizes, maximal=coupling == "maximal", synthetic=synthetic
+        )  # fmt: skip
         self._slots: dict[str, int] = {}
         self._free = list(range(sizes.max_batch))[::-1]
         self._samplings: dict[str, np.ndarray] = {}
@@ -122,17 +87,21 @@ class DeviceRounds:
         here = [plan for plan in ask.plans if plan.ready and self._here(plan.sequence, choices[id(plan.sequence)])]
         mine = {id(plan.sequence) for plan in here}
         flight = FlightOnDevice(ask, self._device, self._note_wait)
-        flight.begun.set()
         self._begun = {}
+        rest = [plan for plan in ask.plans if id(plan.sequence) not in mine]
+        if rest:  # first: it waits for the device, and would wait for the others' rounds, too
+            others = [choices[id(plan.sequence)] for plan in rest if plan.ready]
+            flight.elsewhere = self._host.launch(Ask(rest, others, ask.shape, ask.top_k)).land()
         self._read_prompts([plan for plan in here if plan.num_new > 1])
         if here:
             wanted = [choices[id(plan.sequence)] for plan in here]
             self._begin(flight, [plan.sequence for plan in here], wanted, ahead, ask.top_k)
-        rest = [plan for plan in ask.plans if id(plan.sequence) not in mine]
-        if rest:
-            others = [choices[id(plan.sequence)] for plan in rest if plan.ready]
-            flight.elsewhere = self._host.launch(Ask(rest, others, ask.shape, ask.top_k)).land()
         return flight
+
+    def warm(self, top_k: int, batches: SequenceOf[int] = ()) -> None:
+        """Make the programs of these batch sizes, or of all, before anybody waits for them."""
+        self.models.follow()
+        self.programs.warm(top_k, batches)
 
     def ended(self, request: Sequence) -> None:
         """Forget a request; its slot is written anew before anybody reads it again."""
@@ -179,14 +148,16 @@ class DeviceRounds:
             reads, gammas = self._catch_up(requests, gammas, ahead)
             flight.draft_forwards.extend(reads)
         longest = max(gammas)
-        program = self._program(len(requests), longest, top_k)
+        flight.proposer = self._proposer
+        program = self.programs.get(len(requests), longest, top_k)
         self._write(requests, gammas, ahead, len(program.round.input))
+        flight.begun.set()
         self._outbox.send(program.round.input)
         flight.version = self._proposer.version if self._proposer is not None else None
         if longest and program.draft is not None:
             program.draft()
             live = len(requests)
-            flight.draft_forwards.extend([CATCH_UP * live] + [live] * (longest - 1))
+            flight.draft_forwards.extend([CATCH_UP * live] + [live] * (program.round.sent.gamma - 1))
         flight.drafted.set()
         program.verify()
         flight.verified.set()
@@ -217,25 +188,6 @@ class DeviceRounds:
             return [], gammas
         self.models.read_with_draft(work)
         return [sum(len(item.token_ids) for item in work)], gammas
-
-    def _program(self, batch: int, gamma: int, top_k: int) -> _Program:
-        """Return the program of a batch of this size, made where it was never needed before."""
-        size = next(item for item in self._buckets if item >= batch)
-        trimmed = self.models.trimmed
-        key = (size, gamma, top_k, trimmed)
-        if key not in self._programs:
-            sizes = self.sizes
-            made = Round(
-                self.models.target, self.models.draft, self._known, batch=size, gamma=gamma, width=sizes.table_width,
-                block_tokens=sizes.block_tokens, vocab=sizes.vocab, top_k=top_k, maximal=self.coupling == "maximal",
-                synthetic=self._synthetic,
-            )  # fmt: skip
-            made.input[:, [FRESH, LENGTH, SLOT]] = torch.tensor([1, CATCH_UP, sizes.max_batch], dtype=torch.int32).to(
-                self._device
-            )  # whatever a capture runs, it runs for nobody
-            draft = Captured(made.draft, self._device, self._pool) if gamma else None
-            self._programs[key] = _Program(made, draft, Captured(made.verify, self._device, self._pool))
-        return self._programs[key]
 
     def _write(self, requests: list[Sequence], gammas: list[int], ahead: frozenset[str], size: int) -> None:
         """Write the input of a step: what the host knows of every request, and rows that pad the batch."""

@@ -9,6 +9,7 @@ from serving.engine.control.measuring import ROUND, Timers, timer
 from serving.engine.device.graphs import Captured, Mark
 from serving.engine.device.models import DeviceModels
 from serving.engine.device.program import CATCH_UP, Known, Round
+from serving.engine.device.programs import buckets
 from serving.engine.device.wire import FRESH, LENGTH, SLOT, TABLE
 from serving.engine.runner import ModelRunner
 
@@ -29,48 +30,47 @@ class DeviceTimer:
         self._shape = {"width": width, "block_tokens": block_tokens, "vocab": vocab}
         self._num_blocks = num_blocks
         self._known = Known.empty(most_requests, models.device)
-        self._made: dict[tuple[int, int], tuple[Round, Captured, Captured]] = {}
+        self._made: dict[tuple[str, int, int], tuple[Round, Captured]] = {}
         self._pool = torch.cuda.graph_pool_handle() if models.device.type == "cuda" else None
 
     def target(self, rows: int, context: int) -> float:
         """Seconds of verifying about so many rows, shared out to requests of `ROUND`, judging included."""
         batch = max(1, min(-(-rows // ROUND), self._most))
-        made, _, verify = self._round(batch, -(-rows // batch) - 1)
-        self._fill(made, context)
-        return self._seconds(verify)
+        batch = next(size for size in buckets(self._most) if size >= batch)  # as a round of so many is padded
+        return self._time("verify", batch, max(0, -(-rows // batch) - 1), context)
 
     def draft(self, rows: int, context: int) -> float:
         """Seconds of one draft step of so many requests: what a second drafted token costs beyond the first."""
-        seconds = []
-        for gamma in (1, 2):
-            made, draft, _ = self._round(rows, gamma)
-            self._fill(made, context)
-            seconds.append(self._seconds(draft))
-        return max(seconds[1] - seconds[0], 0.1 * seconds[0])
+        batch = next(size for size in buckets(self._most) if size >= min(rows, self._most))
+        one, two = (self._time("draft", batch, gamma, context) for gamma in (1, 2))
+        return max(two - one, 0.1 * one)
 
     def timers(self, draft: ModelRunner | None) -> Timers:
         """Return them as the cost table asks for them."""
         if draft is None:
             return Timers(self.target)
-        return Timers(self.target, None, self.draft, timer(draft, 1, 1))
+        eager = timer(draft, 1, 1)
 
-    def _round(self, batch: int, gamma: int) -> tuple[Round, Captured, Captured]:
-        if (batch, gamma) not in self._made:
+        def read(rows: int, context: int) -> float:
+            """What reading so many tokens takes beyond one, on top of a draft step: both without a graph."""
+            return self.draft(1, context) + max(0.0, eager(rows, context) - eager(1, context))
+
+        return Timers(self.target, None, self.draft, read)
+
+    def _time(self, half: str, batch: int, gamma: int, context: int) -> float:
+        """Seconds of one half of a round."""
+        key = (half, batch, gamma)
+        if key not in self._made:
             models = self._models
             made = Round(
-                models.target,
-                models.draft,
-                self._known,
-                batch=batch,
-                gamma=gamma,
-                top_k=0,
-                maximal=False,
+                models.target, models.draft, self._known, batch=batch, gamma=gamma, top_k=0, maximal=False,
                 **self._shape,
-            )
+            )  # fmt: skip
             self._fill(made, 0)
-            programs = (Captured(half, models.device, self._pool) for half in (made.draft, made.verify))
-            self._made[batch, gamma] = (made, *programs)  # type: ignore[assignment]
-        return self._made[batch, gamma]
+            self._made[key] = (made, Captured(getattr(made, half), models.device, self._pool))
+        made, program = self._made[key]
+        self._fill(made, context)
+        return self._seconds(program)
 
     def _fill(self, made: Round, context: int) -> None:
         packed = np.zeros(made.input.shape, np.int32)

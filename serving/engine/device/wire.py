@@ -71,19 +71,20 @@ class Sent:
     def width(self) -> int:
         """How many columns there are."""
         rows = self.gamma + 1
-        return 3 + 2 * self.gamma + 2 * rows * self.top_k
+        return 4 + 2 * self.gamma + 2 * rows * self.top_k
 
     def pack(
-        self, accepted: torch.Tensor, tokens: torch.Tensor, finite: torch.Tensor, drafts: torch.Tensor,
-        draft_logprobs: torch.Tensor, topk_ids: torch.Tensor | None, topk_logprobs: torch.Tensor | None,
+        self, accepted: torch.Tensor, tokens: torch.Tensor, finite: torch.Tensor, sound: torch.Tensor,
+        drafts: torch.Tensor, draft_logprobs: torch.Tensor, topk_ids: torch.Tensor | None,
+        topk_logprobs: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         """Put the results of a step into one array.
 
-        Shapes: accepted, tokens and finite [batch]; drafts and draft_logprobs [batch, gamma]; the top k
-        [batch * (gamma + 1), k]; result [batch, width] int32.
+        Shapes: accepted, tokens, finite (the target's logits are numbers) and sound (the draft's are) [batch];
+        drafts and draft_logprobs [batch, gamma]; the top k [batch * (gamma + 1), k]; result [batch, width] int32.
         """
         batch = len(accepted)
-        parts = [accepted[:, None].int(), tokens[:, None].int(), finite[:, None].int(), drafts.int()]
+        parts = [item[:, None].int() for item in (accepted, tokens, finite, sound)] + [drafts.int()]
         parts.append(draft_logprobs.float().view(torch.int32))
         if topk_ids is not None and topk_logprobs is not None:
             parts += [topk_ids.reshape(batch, -1).int(), topk_logprobs.float().view(torch.int32).reshape(batch, -1)]
@@ -92,11 +93,11 @@ class Sent:
     def unpack(self, packed: np.ndarray) -> Landing:
         """Read what `pack` wrote."""
         gamma, rows = self.gamma, self.gamma + 1
-        ends = np.cumsum([3, gamma, gamma, rows * self.top_k, rows * self.top_k])
+        ends = np.cumsum([4, gamma, gamma, rows * self.top_k, rows * self.top_k])
         drafts, logprobs, ids, values = (packed[:, a:b] for a, b in pairwise(ends))
         batch = len(packed)
         return Landing(
-            packed[:, 0].tolist(), packed[:, 1].tolist(), packed[:, 2].tolist(), drafts.tolist(),
+            packed[:, 0].tolist(), packed[:, 1].tolist(), packed[:, 2].tolist(), packed[:, 3].tolist(), drafts.tolist(),
             np.ascontiguousarray(logprobs).view(np.float32).tolist(),
             np.ascontiguousarray(ids).view("<u4").reshape(batch, rows, self.top_k),
             np.ascontiguousarray(values).view(np.float32).astype("<f2").reshape(batch, rows, self.top_k),
@@ -110,6 +111,7 @@ class Landing:
     accepted: list[int]
     tokens: list[int]
     finite: list[int]
+    sound: list[int]
     drafts: list[list[int]]
     draft_logprobs: list[list[float]]
     topk_ids: np.ndarray

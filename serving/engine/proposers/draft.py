@@ -161,13 +161,16 @@ class DraftProposer:
         Shapes: totals [requests], the logsumexp of their logits.
         """
         broken = [item for item, total in zip(requests, totals.tolist(), strict=True) if not math.isfinite(total)]
-        if not broken:
-            return
-        self._poisoned.update(block for item in broken for block in item.block_table)
+        if broken:
+            self.note_broken(broken, version)
+
+    def note_broken(self, requests: list[Sequence], version: int) -> None:
+        """Hear whose rows of a draft were no numbers; what they wrote is cleaned up before the next round."""
+        self._poisoned.update(block for item in requests for block in item.block_table)
         self.num_not_finite += 1
         if version not in self._broken_versions:
             self._broken_versions.add(version)
-            log.error("draft_not_finite", version=version, requests=len(broken))
+            log.error("draft_not_finite", version=version, requests=len(requests))
 
     def _forward(self, work: list[Work], model: Any) -> torch.Tensor:
         self.forwards.append(sum(len(item.token_ids) for item in work))
