@@ -149,8 +149,11 @@ def test_a_swap_copies_the_new_weights_bit_for_bit_and_changes_no_text(rig_for, 
             assert torch.equal(mine.qkv.weight.view(torch.int32), theirs.qkv.weight.view(torch.int32))
         assert _addresses(rounds) == addresses
         assert rig.engine.proposers.draft_not_finite > broken  # the NaN draft was noticed, and cleaned up after
-        pools = rig.engine.proposers.draft.runner.pool
-        assert all(bool(torch.isfinite(keys).all()) for keys in pools.keys)
+        rig.swap(FLOOR_VERSION, base)
+        rig.run([request("clean", ids[0], 8)])
+        rig.engine.step()
+        pool = rig.engine.proposers.draft.runner.pool
+        assert all(bool(torch.isfinite(keys).all()) for keys in [*pool.keys, *pool.values])
     finally:
         rig.swap(FLOOR_VERSION, base)
         rig.run([request("back", ids[0], 2)])

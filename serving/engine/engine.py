@@ -163,6 +163,8 @@ class Engine:
         for request in outcome.broken:
             if self._requests.get(request.request_id) is request:
                 self.scheduler.spoil(request)
+        if outcome.poisoned:  # a request that ended meanwhile has given them back, and nobody else knows of them
+            self.target.pool.scrub(sorted(set(outcome.poisoned)))
         rounds = [item for item in outcome.rounds if self._requests.get(item.request.request_id) is item.request]
         deliveries = self._commit(rounds)
         self._learn(flight.ask, outcome, rounds, deliveries, self._clock() - begin)

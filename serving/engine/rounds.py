@@ -74,6 +74,8 @@ class Ask:
 class Outcome:
     """What came of a step: a round for each ready request, and what the stages took, in seconds.
 
+    `poisoned` are blocks of rounds that were no numbers, of requests that may have ended since.
+
     `broken` are requests whose prompt gave logits that are no numbers before they were ready; `draft_forwards`
     the sizes, in tokens, of the draft model's forwards.
     """
@@ -83,6 +85,7 @@ class Outcome:
     draft_forwards: tuple[int, ...] = ()
     draft_s: float = 0.0
     target_s: float = 0.0
+    poisoned: list[int] = field(default_factory=list)
 
 
 class Flight(Protocol):

@@ -24,6 +24,7 @@ class FlightOnDevice:
         self.begun, self.drafted, self.verified = Mark(device), Mark(device), Mark(device)
         self.requests: list[Sequence] = []
         self.gammas: list[int] = []
+        self.tables: list[list[int]] = []  # as they were: who ends meanwhile has none any more
         self.proposer: DraftProposer | None = None
         self.version: int | None = None
         self.sent: Sent | None = None
@@ -49,19 +50,22 @@ class FlightOnDevice:
         rounds = {id(item.request): item for item in other.rounds}
         for row, request in enumerate(self.requests):
             rounds[id(request)] = self._round(landing, row, request)
+        poisoned = [
+            block for table, finite in zip(self.tables, landing.finite, strict=False) if not finite for block in table
+        ]
         return Outcome(
             [rounds[id(request)] for request in self.ask.ready], other.broken,
             (*self.draft_forwards, *other.draft_forwards),
             other.draft_s + self.drafted.seconds_since(self.begun),
-            other.target_s + self.verified.seconds_since(self.drafted),
+            other.target_s + self.verified.seconds_since(self.drafted), poisoned,
         )  # fmt: skip
 
     def _note_broken(self, landing: Landing) -> None:
-        """Let the draft's proposer hear whose draft was no numbers: what that wrote must not stay."""
-        drafted = zip(self.requests, self.gammas, landing.sound, strict=False)
-        broken = [request for request, gamma, sound in drafted if gamma and not sound]
+        """Let the draft's proposer hear whose draft was no numbers, asked for or not: what that wrote must not stay."""
+        broken = [row for row in range(len(self.requests)) if not landing.sound[row]]
         if broken and self.proposer is not None and self.version is not None:
-            self.proposer.note_broken(broken, self.version)
+            blocks = [block for row in broken for block in self.tables[row]]
+            self.proposer.note_broken(blocks, len(broken), self.version)
 
     def _round(self, landing: Landing, row: int, request: Sequence) -> Round:
         gamma, accepted = self.gammas[row], landing.accepted[row]

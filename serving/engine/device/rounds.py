@@ -162,6 +162,7 @@ class DeviceRounds:
         program.verify()
         flight.verified.set()
         flight.requests, flight.gammas, flight.sent = requests, gammas, program.round.sent
+        flight.tables = [list(request.block_table) for request in requests]
         flight.fetch = self._inbox.fetch(program.round.output)
         self._begun = {item.request_id: gamma for item, gamma in zip(requests, gammas, strict=True)}
 

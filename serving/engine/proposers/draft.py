@@ -162,15 +162,15 @@ class DraftProposer:
         """
         broken = [item for item, total in zip(requests, totals.tolist(), strict=True) if not math.isfinite(total)]
         if broken:
-            self.note_broken(broken, version)
+            self.note_broken([block for item in broken for block in item.block_table], len(broken), version)
 
-    def note_broken(self, requests: list[Sequence], version: int) -> None:
-        """Hear whose rows of a draft were no numbers; what they wrote is cleaned up before the next round."""
-        self._poisoned.update(block for item in requests for block in item.block_table)
+    def note_broken(self, blocks: list[int], requests: int, version: int) -> None:
+        """Hear of rows of a draft that were no numbers; their blocks are cleaned up before the next round."""
+        self._poisoned.update(blocks)
         self.num_not_finite += 1
         if version not in self._broken_versions:
             self._broken_versions.add(version)
-            log.error("draft_not_finite", version=version, requests=len(requests))
+            log.error("draft_not_finite", version=version, requests=requests)
 
     def _forward(self, work: list[Work], model: Any) -> torch.Tensor:
         self.forwards.append(sum(len(item.token_ids) for item in work))
