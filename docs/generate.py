@@ -97,9 +97,8 @@ def _speeds(result: dict[str, Any]) -> str:
         f"no GPU;\nSmolLM2-135M-Instruct in {result['dtype']}, vLLM {versions.get('vllm', '–')} in "
         f"{result['rivals_dtype']}, commit {result['commit'][:7]}. Worst rows and all others:\n"
         "[docs/benchmarks.md](docs/benchmarks.md). The checkpoint of this target is 4-bit blocks, which is what we "
-        "read at each\nstep, bit for bit; from a bfloat16 checkpoint a plain step of one row takes twice "
-        "as long "
-        "([experiment](docs/experiments.md#compiled-kernels)).\n\n"
+        "read at each\nstep, bit for bit; from a bfloat16 checkpoint a plain step of one row takes twice as "
+        "long ([experiment](docs/experiments.md#compiled-kernels)).\n\n"
     )
     return "\n".join(lines)
 
