@@ -68,6 +68,7 @@ GPU = $(shell $(BENCH_PYTHON) -c 'import torch; print(torch.cuda.get_device_name
 bench-gpu:  ## measure kernels and engine on a CUDA GPU, under 9 minutes: make bench-gpu [TARGET=FOLDER]
 	@test -n "$(GPU)" || { echo "bench-gpu needs a CUDA device; PyTorch finds none here"; exit 2; }
 	$(BENCH_PYTHON) -m bench.kernels --minutes 2.5 --json bench/results/$(GPU)-kernels.json
+	-$(BENCH_PYTHON) -m bench.plot_kernels --json bench/results/$(GPU)-kernels.json
 	$(BENCH_PYTHON) -m bench.gpu --minutes 5 $(if $(TARGET),--target $(TARGET)) --json bench/results/$(GPU)-engine.json
 
 clean:  ## remove the environment, caches and build outputs; never the data folder

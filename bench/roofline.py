@@ -56,9 +56,10 @@ def page(measured: list[dict[str, Any]], compiled: dict[str, Any] | None) -> str
     parts = [_INTRO.lstrip()]
     if not measured:
         parts.append(_UNMEASURED)
-        parts += ["\n## Floors\n", _floors()]
+        parts += ["\n## Floors\n", "![floors of the kernels](img/roofline.svg)\n\n", _floors()]
     for result in measured:
-        parts += [f"\n## {result['machine']['gpu']}\n", _measured(result)]
+        picture = "![measured times over the floors](img/roofline.svg)\n\n" if result is measured[-1] else ""
+        parts += [f"\n## {result['machine']['gpu']}\n", picture, _measured(result)]
     parts += ["\n## What the compiler makes of them\n", _compiled(compiled)]
     return "".join(parts)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import kernels as bench_kernels
+from bench import plot_kernels
 from bench.gpu import Options, measure, ratios, table
 from bench.kernel_subjects import subjects
 from bench.subject import Gate
@@ -84,6 +85,18 @@ def test_every_group_of_kernels_is_wired_to_its_reference(group):
         subject.reference(0)
     assert subject.bytes > 0
     assert json.dumps(subject.shape)
+
+
+def test_the_picture_shows_floors_and_what_was_measured(tmp_path):
+    """Every kernel is on it, the same figures give the same bytes, and measured times change it."""
+    plot_kernels.draw(None, tmp_path / "a.svg")
+    plot_kernels.draw(None, tmp_path / "b.svg")
+    found = plot_kernels.measured({"rows": [{"kernel": "cuts", "bytes": 10**6, "ms": 0.01}]})
+    assert found == {"cuts": [(1.0, 10.0)]}
+    plot_kernels.draw(found, tmp_path / "c.svg")
+    first, again, other = ((tmp_path / f"{name}.svg").read_bytes() for name in "abc")
+    assert first == again != other
+    assert plot_kernels.floors().keys() == plot_kernels.STYLES.keys()
 
 
 def test_gates_are_judged_by_their_figures():

@@ -18,7 +18,7 @@ from kernels import dispatch
 from serving.engine.attention import KVPool
 from serving.engine.control.fixed import FixedGamma
 from serving.engine.device.llama import DeviceLlama
-from serving.engine.device.program import Head, Known, Model, Round
+from serving.engine.device.program import Head, Known, Model, RoundProgram
 from serving.engine.device.programs import buckets
 from serving.engine.device.rounds import DeviceRounds
 from serving.engine.device.wire import Sent, receive, sampling_columns
@@ -204,7 +204,7 @@ def test_the_maximal_coupling_keeps_the_laws_it_drew_from(rig_for, ids):
     items = requests_for(ids, MIXED, 24, prefix="max-")
     rig.run(items)
     assert counts_of(items).num_accepted < counts_of(items).num_drafted
-    assert any(program.round._laws is not None for program in rounds.programs._made.values())
+    assert any(captured.program._laws is not None for captured in rounds.programs._made.values())
 
 
 def test_what_needs_the_host_runs_there_in_the_same_step(rig_for, ids, said):
@@ -266,7 +266,15 @@ def test_a_draft_length_without_a_program_runs_the_next_longer_one(rig_for, ids,
     items = requests_for(ids, MIXED, 40, prefix="five-")
     assert rig.run(items) == said
     assert max(len(item.accepted_by_position) for item in items) <= 5
-    assert {program.round.sent.gamma for program in rig.engine.rounds.programs._made.values()} <= {0, 1, 2, 3, 4, 6, 8}
+    assert {captured.program.sent.gamma for captured in rig.engine.rounds.programs._made.values()} <= {
+        0,
+        1,
+        2,
+        3,
+        4,
+        6,
+        8,
+    }
 
 
 def test_batch_sizes_are_few():
@@ -331,7 +339,7 @@ def test_a_round_never_asks_the_device_anything(rig_for, maximal, trimmed):
         torch.empty(64, target.config.hidden_size, device=device), torch.empty(64, device=device),
         torch.empty(64, dtype=torch.long, device=device),
     )  # fmt: skip
-    made = Round(
+    made = RoundProgram(
         Model(layers, head), Model(layers, small if trimmed else head), Known.empty(8, device), batch=4, gamma=3,
         width=12, block_tokens=8, vocab=vocab, top_k=5, maximal=maximal,
         laws=torch.empty(32, vocab, device=device) if maximal else None,

@@ -71,7 +71,7 @@ class Model:
         return self.layers.rows
 
 
-class Round:
+class RoundProgram:
     """The buffers and the two programs of a round.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 
 from serving.engine.device.graphs import Captured
 from serving.engine.device.models import DeviceModels
-from serving.engine.device.program import CATCH_UP, Known, Round
+from serving.engine.device.program import CATCH_UP, Known, RoundProgram
 from serving.engine.device.wire import FRESH, LENGTH, SLOT
 
 GAMMAS = (0, 1, 2, 3, 4, 6, 8, 12, 16)  # lengths programs are made for; a draft of another length runs the next one
@@ -41,10 +41,10 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
-    """A round with both of its halves ready to be begun; `draft` is None where nothing is drafted."""
+class CapturedRound:
+    """A round program with both of its halves ready to be begun; `draft` is None where nothing is drafted."""
 
-    round: Round
+    program: RoundProgram
     draft: Captured | None
     verify: Captured
 
@@ -61,7 +61,7 @@ class Programs:
     Args:
         known: what the device knows of requests.
         maximal: use the maximal coupling.
-        synthetic: see `Round`.
+        synthetic: see `RoundProgram`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Programs:
         self._maximal = maximal
         self._synthetic = synthetic
         self._buckets = buckets(sizes.max_batch)
-        self._made: dict[tuple[int, int, int, int], Program] = {}
+        self._made: dict[tuple[int, int, int, int], CapturedRound] = {}
         self._pool = torch.cuda.graph_pool_handle() if models.device.type == "cuda" else None
         self._laws: torch.Tensor | None = None
         if maximal and models.draft is not None:  # one place for all programs: they run one after the other
@@ -84,7 +84,7 @@ class Programs:
         """How many there are."""
         return len(self._made)
 
-    def get(self, batch: int, gamma: int, top_k: int) -> Program:
+    def get(self, batch: int, gamma: int, top_k: int) -> CapturedRound:
         """Return the program for a batch and a draft length, made now where it was never needed before."""
         size = next(item for item in self._buckets if item >= batch)
         length = next(item for item in self.sizes.gammas if item >= gamma)
@@ -103,9 +103,9 @@ class Programs:
             for gamma in reversed(gammas):
                 self.get(size, gamma, top_k)
 
-    def _make(self, size: int, gamma: int, top_k: int) -> Program:
+    def _make(self, size: int, gamma: int, top_k: int) -> CapturedRound:
         sizes, device = self.sizes, self._models.device
-        made = Round(
+        made = RoundProgram(
             self._models.target, self._models.draft, self._known, batch=size, gamma=gamma, width=sizes.table_width,
             block_tokens=sizes.block_tokens, vocab=sizes.vocab, top_k=top_k, laws=self._laws if gamma else None,
             maximal=self._maximal, synthetic=self._synthetic,
@@ -114,4 +114,4 @@ class Programs:
         columns = torch.tensor([1, CATCH_UP, sizes.max_batch], dtype=torch.int32).to(device)
         made.input[:, [FRESH, LENGTH, SLOT]] = columns
         draft = Captured(made.draft, device, self._pool) if gamma else None
-        return Program(made, draft, Captured(made.verify, device, self._pool))
+        return CapturedRound(made, draft, Captured(made.verify, device, self._pool))

@@ -149,21 +149,21 @@ class DeviceRounds:
             flight.draft_forwards.extend(reads)
         longest = max(gammas)
         flight.proposer = self._proposer
-        program = self.programs.get(len(requests), longest, top_k)
-        self._write(requests, gammas, ahead, len(program.round.input))
+        captured = self.programs.get(len(requests), longest, top_k)
+        self._write(requests, gammas, ahead, len(captured.program.input))
         flight.begun.set()
-        self._outbox.send(program.round.input)
+        self._outbox.send(captured.program.input)
         flight.version = self._proposer.version if self._proposer is not None else None
-        if longest and program.draft is not None:
-            program.draft()
+        if longest and captured.draft is not None:
+            captured.draft()
             live = len(requests)
-            flight.draft_forwards.extend([CATCH_UP * live] + [live] * (program.round.sent.gamma - 1))
+            flight.draft_forwards.extend([CATCH_UP * live] + [live] * (captured.program.sent.gamma - 1))
         flight.drafted.set()
-        program.verify()
+        captured.verify()
         flight.verified.set()
-        flight.requests, flight.gammas, flight.sent = requests, gammas, program.round.sent
+        flight.requests, flight.gammas, flight.sent = requests, gammas, captured.program.sent
         flight.tables = [list(request.block_table) for request in requests]
-        flight.fetch = self._inbox.fetch(program.round.output)
+        flight.fetch = self._inbox.fetch(captured.program.output)
         self._begun = {item.request_id: gamma for item, gamma in zip(requests, gammas, strict=True)}
 
     def _catch_up(

@@ -8,7 +8,7 @@ import torch
 from serving.engine.control.measuring import ROUND, Timers, timer
 from serving.engine.device.graphs import Captured, Mark
 from serving.engine.device.models import DeviceModels
-from serving.engine.device.program import CATCH_UP, Known, Round
+from serving.engine.device.program import CATCH_UP, Known, RoundProgram
 from serving.engine.device.programs import buckets
 from serving.engine.device.wire import FRESH, LENGTH, SLOT, TABLE
 from serving.engine.runner import ModelRunner
@@ -30,7 +30,7 @@ class DeviceTimer:
         self._shape = {"width": width, "block_tokens": block_tokens, "vocab": vocab}
         self._num_blocks = num_blocks
         self._known = Known.empty(most_requests, models.device)
-        self._made: dict[tuple[str, int, int], tuple[Round, Captured]] = {}
+        self._made: dict[tuple[str, int, int], tuple[RoundProgram, Captured]] = {}
         self._pool = torch.cuda.graph_pool_handle() if models.device.type == "cuda" else None
 
     def target(self, rows: int, context: int) -> float:
@@ -62,7 +62,7 @@ class DeviceTimer:
         key = (half, batch, gamma)
         if key not in self._made:
             models = self._models
-            made = Round(
+            made = RoundProgram(
                 models.target, models.draft, self._known, batch=batch, gamma=gamma, top_k=0, maximal=False,
                 **self._shape,
             )  # fmt: skip
@@ -72,7 +72,7 @@ class DeviceTimer:
         self._fill(made, context)
         return self._seconds(program)
 
-    def _fill(self, made: Round, context: int) -> None:
+    def _fill(self, made: RoundProgram, context: int) -> None:
         packed = np.zeros(made.input.shape, np.int32)
         packed[:, FRESH], packed[:, SLOT] = 1, self._most
         packed[:, LENGTH] = max(CATCH_UP, min(context, self._shape["width"] * self._shape["block_tokens"]))
