@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install up demo test test-slow lint fmt docs bench bench-record bench-load bench-gpu clean
+.PHONY: help install up demo test test-slow test-gpu lint fmt docs bench bench-record bench-load bench-gpu clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,10 @@ test: install  ## the fast tests
 
 test-slow: install  ## the tests that take minutes of CPU
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: install  ## compare the Triton kernels with their references on a CUDA device
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest tests/test_kernels_gpu_attention.py $(foreach name,norm activation rope_cache,tests/test_kernels_gpu_$(name).py)
 
 lint: install  ## ruff, mypy, import-linter
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
