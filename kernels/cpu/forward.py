@@ -1,7 +1,6 @@
 """Call the C kernels on torch's memory: one product, or all layers of a model.
 
-The structures repeat those of linear.h and llama.c field by field.  Nothing here copies a tensor; what
-a structure points into is kept alive by the object that holds it.
+Nothing here copies a tensor; what a structure points into is kept alive by the object that holds it.
 """
 
 from __future__ import annotations
@@ -12,40 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from kernels.cpu.library import load
-from kernels.cpu.packing import Format, PackedWeight
+from kernels.cpu.packing import PackedWeight
+from kernels.cpu.structures import BatchStruct, LayerStruct, ModelStruct, format_of, matrix_of, pointers
 
 _ALONE_MACS = 1 << 20  # products below which a second thread does not pay: about 30 microseconds
 HEAD_DIMS = (16, 32, 64, 96, 128, 256)
-
-_Pointer, _Int, _Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = [("panels", _Pointer), ("bias", _Pointer), ("outputs", _Int), ("inputs", _Int), ("format", _Int)]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        ("qkv", _Matrix), ("output", _Matrix), ("gate_up", _Matrix), ("down", _Matrix),
-        ("input_norm", _Pointer), ("mlp_norm", _Pointer), ("head_norm", _Pointer),
-        ("input_epsilon", _Float), ("head_epsilon", _Float), ("mlp_epsilon", _Float), ("scaling", _Float),
-    ]  # fmt: skip
-
-
-class _Model(ctypes.Structure):
-    _fields_ = [
-        ("layers", _Pointer), ("norm", _Pointer), ("epsilon", _Float), ("num_layers", _Int), ("hidden", _Int),
-        ("heads", _Int), ("kv_heads", _Int), ("dim", _Int), ("ffn", _Int),
-    ]  # fmt: skip
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = [
-        ("positions", _Pointer), ("slots", _Pointer), ("requests", _Pointer), ("tables", _Pointer),
-        ("wanted", _Pointer), ("cos", _Pointer), ("sin", _Pointer), ("keys", _Pointer), ("values", _Pointer),
-        ("tokens", _Int), ("width", _Int), ("num_wanted", _Int), ("longest", _Int), ("block_tokens", _Int),
-        ("cache_format", _Int),
-    ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +63,16 @@ def linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """Return x Wᵀ + b.  Shapes: x [..., inputs]; result [..., outputs] in x's dtype, summed in float32."""
     rows = x.float().reshape(-1, weight.inputs).contiguous()
     out = torch.empty(len(rows), weight.outputs, dtype=torch.float32)
-    matrix = _matrix(weight)
-    threads = _threads(len(rows) * weight.outputs * weight.inputs)
+    matrix = matrix_of(weight)
+    threads = threads_for(len(rows) * weight.outputs * weight.inputs)
     load().linear(ctypes.byref(matrix), rows.data_ptr(), out.data_ptr(), len(rows), threads)
     return out.to(x.dtype).view(*x.shape[:-1], weight.outputs)
 
 
 class Layers:
     """All layers of a Llama-shaped model, ready to be called; several threads may do so at once.
+
+    `structure` is what the C code reads, `macs` the multiplications that a token costs.
 
     Args:
         norm: the final one.
@@ -113,11 +85,11 @@ class Layers:
         hidden, ffn = len(norm.weight), layers[0].down.inputs
         _check_layers(layers, hidden, ffn, heads, kv_heads, dim)
         self._kept = (layers, norm)  # what the structures below point into
-        self._macs = sum(
+        self.macs = sum(
             part.outputs * part.inputs for item in layers for part in (item.qkv, item.output, item.gate_up, item.down)
         )
-        self._array = (_Layer * len(layers))(*[_layer(item) for item in layers])
-        self._model = _Model(
+        self._array = (LayerStruct * len(layers))(*[_layer(item) for item in layers])
+        self.structure = ModelStruct(
             ctypes.addressof(self._array), norm.weight.data_ptr(), norm.epsilon, len(layers), hidden, heads, kv_heads,
             dim, ffn,
         )  # fmt: skip
@@ -129,23 +101,22 @@ class Layers:
         Shapes: x [tokens, hidden] float32, overwritten; cos and sin [positions, dim] float32, the sines' first
         half negated; result [wanted, hidden].
         """
-        _check_step(self._model, x, batch, cos, sin)
-        keys = (_Pointer * len(batch.keys))(*[item.data_ptr() for item in batch.keys])
-        values = (_Pointer * len(batch.values))(*[item.data_ptr() for item in batch.values])
-        cache = Format.BFLOAT16 if batch.keys[0].dtype == torch.bfloat16 else Format.FLOAT32
-        arguments = _Batch(
+        _check_step(self.structure, x, batch, cos, sin)
+        keys, values = pointers(batch.keys), pointers(batch.values)
+        arguments = BatchStruct(
             batch.positions.data_ptr(), batch.slots.data_ptr(), batch.requests.data_ptr(), batch.tables.data_ptr(),
             batch.wanted.data_ptr(), cos.data_ptr(), sin.data_ptr(), ctypes.addressof(keys), ctypes.addressof(values),
-            len(x), batch.tables.shape[1], len(batch.wanted), batch.longest, batch.block_tokens, cache,
+            len(x), batch.tables.shape[1], len(batch.wanted), batch.longest, batch.block_tokens,
+            format_of(batch.keys[0]),
         )  # fmt: skip
-        threads = _threads(len(x) * self._macs)
-        model, given = ctypes.byref(self._model), ctypes.byref(arguments)
+        threads = threads_for(len(x) * self.macs)
+        model, given = ctypes.byref(self.structure), ctypes.byref(arguments)
         scratch = torch.empty(self._library.llama_scratch(model, given, threads), dtype=torch.float32)
         self._library.llama_states(model, given, x.data_ptr(), scratch.data_ptr(), threads)
         return x[: len(batch.wanted)]
 
 
-def _threads(macs: int) -> int:
+def threads_for(macs: int) -> int:
     """How many threads to compute with: one where waking the others takes longer."""
     return torch.get_num_threads() if macs >= _ALONE_MACS else 1
 
@@ -166,7 +137,7 @@ def _check_layers(layers: list[Layer], hidden: int, ffn: int, heads: int, kv_hea
         raise ValueError(f"{heads} heads of {dim} over {kv_heads}: heads of {HEAD_DIMS} that divide evenly are known")
 
 
-def _check_step(model: _Model, x: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def _check_step(model: ModelStruct, x: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """Refuse what the C code would read as something else."""
     tokens, dim = len(x), model.dim
     long, short = (batch.positions, batch.slots, batch.wanted), (batch.requests, batch.tables)
@@ -186,15 +157,10 @@ def _check_step(model: _Model, x: torch.Tensor, batch: Batch, cos: torch.Tensor,
         raise ValueError("a step's tensors do not have the shapes and types that Batch and Layers.states document")
 
 
-def _matrix(weight: PackedWeight) -> _Matrix:
-    bias = None if weight.bias is None else weight.bias.data_ptr()
-    return _Matrix(weight.panels.data_ptr(), bias, weight.outputs, weight.inputs, weight.format)
-
-
-def _layer(layer: Layer) -> _Layer:
+def _layer(layer: Layer) -> LayerStruct:
     head = layer.head_norm
-    return _Layer(
-        _matrix(layer.qkv), _matrix(layer.output), _matrix(layer.gate_up), _matrix(layer.down),
+    return LayerStruct(
+        matrix_of(layer.qkv), matrix_of(layer.output), matrix_of(layer.gate_up), matrix_of(layer.down),
         layer.input_norm.weight.data_ptr(), layer.mlp_norm.weight.data_ptr(),
         None if head is None else head.weight.data_ptr(), layer.input_norm.epsilon,
         0.0 if head is None else head.epsilon, layer.mlp_norm.epsilon, layer.scaling,

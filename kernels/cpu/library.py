@@ -121,6 +121,10 @@ def _compile(compiler: str, path: Path) -> None:
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    library.draft.argtypes = [pointer, pointer, pointer, pointer, number, number]
+    library.draft.restype = number
+    library.draft_scratch.argtypes = [pointer, pointer, pointer, number]
+    library.draft_scratch.restype = ctypes.c_size_t
     library.linear.argtypes = [pointer, pointer, pointer, number, number]
     library.linear.restype = None
     library.llama_scratch.argtypes = [pointer, pointer, number]

@@ -16,6 +16,7 @@
 #define BLOCK 32       /* inputs that share a scale */
 #define CHUNK 128      /* inputs added up in one go */
 #define TILE 12        /* rows at a time: 24 sums and 2 weights fill the registers */
+#define AT_ONCE 4      /* panels side by side, at most */
 #define GROUP 96       /* rows that share an expanded chunk */
 #define PREFETCH 2048  /* bytes ahead: a hardware prefetcher stops at each page */
 
@@ -72,59 +73,75 @@ INLINE void load_weights(const uint8_t *block, int k, int format, const struct s
     }
 }
 
-/* total[row][32] += the products of `count` inputs. */
-INLINE void multiply(const int rows, const int format, const uint8_t *panel, const float *x, size_t stride, int count,
-                     float *total) {
-    __m512 sum[TILE][2];
+/* total[panel][row][32] += the products of `count` inputs, of panels that lie `pitch` bytes apart. */
+INLINE void multiply(const int rows, const int panels, const int format, const uint8_t *panel, size_t pitch,
+                     const float *x, size_t stride, int count, float *total, size_t total_pitch) {
+    __m512 sum[TILE][2]; /* row after row of a panel */
+    struct scales s[AT_ONCE];
 #pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    for (int i = 0; i < rows * panels; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
     for (int first = 0; first < count; first += BLOCK, panel += block_bytes(format)) {
-        const struct scales s = load_scales(panel, format);
         const int inside = count - first < BLOCK ? count - first : BLOCK;
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; p++) s[p] = load_scales(panel + p * pitch, format);
         for (int k = 0; k < inside; k++) {
-            __m512 w[2];
-            _mm_prefetch((const char *)panel + PREFETCH + k * (block_bytes(format) / BLOCK), _MM_HINT_T0);
-            load_weights(panel, k, format, &s, w);
+#pragma GCC unroll 4
+            for (int p = 0; p < panels; p++) {
+                __m512 w[2];
+                const uint8_t *block = panel + p * pitch;
+                _mm_prefetch((const char *)block + PREFETCH + k * (block_bytes(format) / BLOCK), _MM_HINT_T0);
+                load_weights(block, k, format, &s[p], w);
 #pragma GCC unroll 12
-            for (int r = 0; r < rows; r++) {
-                const __m512 value = _mm512_set1_ps(x[r * stride + first + k]);
-                sum[r][0] = _mm512_fmadd_ps(value, w[0], sum[r][0]);
-                sum[r][1] = _mm512_fmadd_ps(value, w[1], sum[r][1]);
+                for (int r = 0; r < rows; r++) {
+                    const __m512 value = _mm512_set1_ps(x[r * stride + first + k]);
+                    sum[p * rows + r][0] = _mm512_fmadd_ps(value, w[0], sum[p * rows + r][0]);
+                    sum[p * rows + r][1] = _mm512_fmadd_ps(value, w[1], sum[p * rows + r][1]);
+                }
             }
         }
     }
+#pragma GCC unroll 4
+    for (int p = 0; p < panels; p++)
 #pragma GCC unroll 12
-    for (int r = 0; r < rows; r++)
-        for (int half = 0; half < 2; half++) {
-            float *to = total + r * PANEL + half * LANES;
-            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[r][half]));
-        }
+        for (int r = 0; r < rows; r++)
+            for (int half = 0; half < 2; half++) {
+                float *to = total + p * total_pitch + r * PANEL + half * LANES;
+                _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[p * rows + r][half]));
+            }
 }
 
-#define ROWS_CASE(n)                                                   \
-    case n:                                                            \
-        multiply(n, format, panel, x, stride, count, total);           \
+#define ROWS_CASE(n)                                                                       \
+    case n:                                                                                \
+        multiply(n, 1, format, panel, pitch, x, stride, count, total, total_pitch);        \
+        break;
+#define WIDE_CASE(n, wide)                                                                 \
+    case n:                                                                                \
+        if (panels == wide)                                                                \
+            multiply(n, wide, format, panel, pitch, x, stride, count, total, total_pitch); \
+        else                                                                               \
+            multiply(n, 1, format, panel, pitch, x, stride, count, total, total_pitch);    \
         break;
 
-INLINE void multiply_rows(int rows, const int format, const uint8_t *panel, const float *x, size_t stride, int count,
-                          float *total) {
+INLINE void multiply_rows(int rows, int panels, const int format, const uint8_t *panel, size_t pitch, const float *x,
+                          size_t stride, int count, float *total, size_t total_pitch) {
     switch (rows) {
-        ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5) ROWS_CASE(6)
-        ROWS_CASE(7) ROWS_CASE(8) ROWS_CASE(9) ROWS_CASE(10) ROWS_CASE(11) ROWS_CASE(12)
+        WIDE_CASE(1, AT_ONCE) WIDE_CASE(2, AT_ONCE) WIDE_CASE(3, AT_ONCE / 2) WIDE_CASE(4, AT_ONCE / 2)
+        ROWS_CASE(5) ROWS_CASE(6) ROWS_CASE(7) ROWS_CASE(8) ROWS_CASE(9) ROWS_CASE(10) ROWS_CASE(11) ROWS_CASE(12)
     }
 }
 
-#define FORMAT_FUNCTION(name, format)                                                                     \
-    static __attribute__((noinline)) void name(int rows, const uint8_t *panel, const float *x, size_t stride, \
-                                               int count, float *total) {                                 \
-        multiply_rows(rows, format, panel, x, stride, count, total);                                      \
+#define FORMAT_FUNCTION(name, format)                                                                              \
+    static __attribute__((noinline)) void name(int rows, int panels, const uint8_t *panel, size_t pitch,           \
+                                               const float *x, size_t stride, int count, float *total,             \
+                                               size_t total_pitch) {                                               \
+        multiply_rows(rows, panels, format, panel, pitch, x, stride, count, total, total_pitch);                   \
     }
 FORMAT_FUNCTION(multiply_float32, FLOAT32)
 FORMAT_FUNCTION(multiply_bfloat16, BFLOAT16)
 FORMAT_FUNCTION(multiply_int8, INT8)
 FORMAT_FUNCTION(multiply_int4, INT4)
 
-typedef void (*multiply_function)(int, const uint8_t *, const float *, size_t, int, float *);
+typedef void (*multiply_function)(int, int, const uint8_t *, size_t, const float *, size_t, int, float *, size_t);
 static const multiply_function multiply_stored[] = {multiply_float32, multiply_bfloat16, multiply_int8, multiply_int4};
 
 static void expand(const uint8_t *panel, int format, int count, float *out) {
@@ -139,15 +156,21 @@ static void expand(const uint8_t *panel, int format, int count, float *out) {
     }
 }
 
-/* One panel's outputs of up to GROUP rows, without bias, into total[row][32]. */
-static void panel_product(const struct matrix *m, int panel, const float *x, size_t stride, int rows, float *total) {
+/* How many panels to multiply side by side.  A sum waits four cycles for its last addition and two are done in each,
+   so with fewer than eight sums, which one panel has up to three rows, the units wait. */
+INLINE int panels_at_once(int rows) { return rows <= 2 ? AT_ONCE : rows <= 4 ? AT_ONCE / 2 : 1; }
+
+/* Outputs of up to GROUP rows, without bias, into total[panel][row][32]; panels: `panels_at_once` or 1. */
+static void panel_product(const struct matrix *m, int panel, int panels, const float *x, size_t stride, int rows,
+                          float *total) {
     float expanded[CHUNK * PANEL] __attribute__((aligned(64)));
     const size_t chunk_bytes = block_bytes(m->format) * (CHUNK / BLOCK);
     const int blocks = (m->inputs + BLOCK - 1) / BLOCK;
     const uint8_t *at = (const uint8_t *)m->panels + (size_t)panel * blocks * block_bytes(m->format);
     const int tiles = (rows + TILE - 1) / TILE;
     const int expands = tiles > 3 && m->format != FLOAT32; /* from here on expanding once is cheaper */
-    for (int i = 0; i < rows * PANEL; i += LANES) _mm512_store_ps(total + i, _mm512_setzero_ps());
+    const size_t pitch = blocks * block_bytes(m->format), total_pitch = (size_t)rows * PANEL;
+    for (int i = 0; i < panels * rows * PANEL; i += LANES) _mm512_store_ps(total + i, _mm512_setzero_ps());
     for (int first = 0; first < m->inputs; first += CHUNK, at += chunk_bytes) {
         const int count = m->inputs - first < CHUNK ? m->inputs - first : CHUNK;
         if (expands) expand(at, m->format, count, expanded);
@@ -155,7 +178,8 @@ static void panel_product(const struct matrix *m, int panel, const float *x, siz
         const uint8_t *weights = expands ? (const uint8_t *)expanded : at;
         for (int tile = 0; tile < tiles; tile++) { /* of nearly equal size */
             const int from = (int)((int64_t)rows * tile / tiles), to = (int)((int64_t)rows * (tile + 1) / tiles);
-            function(to - from, weights, x + from * stride + first, stride, count, total + from * PANEL);
+            function(to - from, panels, weights, pitch, x + from * stride + first, stride, count, total + from * PANEL,
+                     total_pitch);
         }
     }
 }
@@ -165,23 +189,27 @@ static void product(const struct matrix *m, const float *x, int rows, float *y, 
     float total[GROUP * PANEL] __attribute__((aligned(64)));
     const int panels = (m->outputs + PANEL - 1) / PANEL;
     const int begin = (int)((int64_t)panels * thread / threads), end = (int)((int64_t)panels * (thread + 1) / threads);
-    for (int panel = begin; panel < end; panel++)
+    const int wide = panels_at_once(rows);
+    for (int panel = begin, taken; panel < end; panel += taken) {
+        taken = end - panel >= wide ? wide : 1;
         for (int first = 0; first < rows; first += GROUP) {
             const int count = rows - first < GROUP ? rows - first : GROUP;
-            panel_product(m, panel, x + (size_t)first * m->inputs, m->inputs, count, total);
-            for (int half = 0; half < 2; half++) {
+            panel_product(m, panel, taken, x + (size_t)first * m->inputs, m->inputs, count, total);
+            for (int half = 0; half < 2 * taken; half++) {
                 const int column = panel * PANEL + half * LANES, left = m->outputs - column;
                 if (left <= 0) continue;
                 const __mmask16 mask = left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1);
                 const __m512 bias = m->bias ? _mm512_maskz_loadu_ps(mask, m->bias + column) : _mm512_setzero_ps();
+                const float *from = total + (size_t)(half / 2) * count * PANEL + half % 2 * LANES;
                 for (int r = 0; r < count; r++) {
                     float *to = y + (size_t)(first + r) * m->outputs + column;
-                    __m512 out = _mm512_add_ps(_mm512_load_ps(total + r * PANEL + half * LANES), bias);
+                    __m512 out = _mm512_add_ps(_mm512_load_ps(from + r * PANEL), bias);
                     if (add) out = _mm512_add_ps(out, _mm512_maskz_loadu_ps(mask, to));
                     _mm512_mask_storeu_ps(to, mask, out);
                 }
             }
         }
+    }
 }
 
 #endif

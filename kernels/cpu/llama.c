@@ -1,39 +1,14 @@
 /* All layers of a Llama-shaped model over the new tokens of a batch, in one call.
  *
  * Activations are float32 throughout.  One parallel region runs from the first layer to the last; the
- * stages of a layer are parted by barriers.  Called through kernels/cpu/library.py, whose ctypes
- * structures repeat those here field by field.
+ * stages of a layer are parted by barriers.  Called through kernels/cpu/forward.py, and by draft.c.
  */
 #include <math.h>
 #include <omp.h>
 #include <string.h>
 
 #include "attention.h"
-#include "linear.h"
-
-struct layer {
-    struct matrix qkv, output, gate_up, down;
-    const float *input_norm, *mlp_norm; /* [hidden] */
-    const float *head_norm;             /* [heads + kv_heads, dim], or NULL where heads are not normed */
-    float input_epsilon, head_epsilon, mlp_epsilon, scaling;
-};
-
-struct model {
-    const struct layer *layers;
-    const float *norm; /* [hidden] */
-    float epsilon;
-    int32_t num_layers, hidden, heads, kv_heads, dim, ffn;
-};
-
-struct batch {
-    const int64_t *positions, *slots;  /* [tokens]: place in the request, place in the cache */
-    const int32_t *requests;           /* [tokens]: row of `tables` */
-    const int32_t *tables;             /* [requests, width]: block numbers */
-    const int64_t *wanted;             /* [num_wanted]: tokens whose states are returned */
-    const float *cos, *sin;            /* [positions, dim]; the sines' first half is negated */
-    void *const *keys, *const *values; /* [layers] caches [slots, kv_heads, dim] */
-    int32_t tokens, width, num_wanted, longest, block_tokens, cache_format;
-};
+#include "llama.h"
 
 static float sum_of_squares(const float *x, int n) {
     __m512 sum = _mm512_setzero_ps();
@@ -114,13 +89,11 @@ static void gather(float *x, int width, const int64_t *wanted, int count, float 
 /* Floats of scratch memory that one thread's scores take: four heads at once, each rounded up. */
 static size_t scores_room(const struct batch *b) { return 4 * ((size_t)b->longest + LANES); }
 
-/* Floats of scratch memory that `llama_states` needs. */
 size_t llama_scratch(const struct model *m, const struct batch *b, int threads) {
     const size_t token = m->hidden + (m->heads + 2 * m->kv_heads) * m->dim + m->heads * m->dim + 3 * m->ffn;
     return b->tokens * token + (size_t)threads * scores_room(b);
 }
 
-/* x [tokens, hidden]: embeddings in, normed states of the wanted tokens out, in its first rows. */
 void llama_states(const struct model *m, const struct batch *b, float *x, float *scratch, int threads) {
     const size_t tokens = b->tokens;
     const int hidden = m->hidden, width = (m->heads + 2 * m->kv_heads) * m->dim, attended_width = m->heads * m->dim;

@@ -6,6 +6,7 @@
 #include <math.h>
 #include <omp.h>
 
+#include "rows.h"
 #include "vectors.h"
 
 #define SPAN 64 /* numbers whose largest is remembered, to look again only where it pays */
@@ -24,8 +25,7 @@ INLINE float span_peak(const float *x, int64_t count, __mmask16 *nans) {
     return _mm512_reduce_max_ps(best);
 }
 
-/* Place of the first NaN if there is one, else of the first of the largest. */
-static int64_t place_of_largest(const float *x, int64_t width) {
+int64_t place_of_largest(const float *x, int64_t width) {
     const int64_t wide = 16 * SPAN;
     float best = -INFINITY;
     int64_t at = 0;
@@ -90,8 +90,7 @@ INLINE __m512 add_exponentials(__m512 sum, const float *x, __mmask16 mask, __m51
     return _mm512_mask_add_ps(sum, mask, sum, term);
 }
 
-/* log Σ e^x, counted from the largest. */
-static float log_sum(const float *x, int64_t width, float largest) {
+float log_sum(const float *x, int64_t width, float largest) {
     __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     const __m512 from = _mm512_set1_ps(largest);
     int64_t i = 0;

@@ -1,6 +1,6 @@
 """The layers of a Llama-shaped model in compiled code: what they need of a step, laid out for them.
 
-Called by `serving.engine.llama`, where a C compiler was found.
+Called by `serving.engine.llama`, where a C compiler was found, and by the draft loop.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from kernels.cpu.drafting import Drafter, Scorer
 from kernels.cpu.forward import Batch, Layers
+from kernels.cpu.packing import PackedWeight
 from serving.engine.attention import KVPool, Row
 
 
@@ -24,6 +26,7 @@ class CompiledLlama:
     def __init__(self, layers: Layers, rotary: Any) -> None:
         self._layers = layers
         self._rotary = rotary
+        self._drafter: Drafter | None = None  # goes when this does: weights packed anew are another object's
         self._tables = (torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.float32))
 
     def states(self, x: torch.Tensor, pool: KVPool, rows: list[Row], wanted: torch.Tensor | None) -> torch.Tensor:
@@ -33,10 +36,32 @@ class CompiledLlama:
         result [rows, hidden] in that dtype.
         """
         batch = _batch(rows, pool, torch.arange(len(x)) if wanted is None else wanted)
+        return self._layers.states(x.float(), batch, *self._tables_to(batch.longest)).to(x.dtype)
+
+    def drafter(
+        self, embedding: torch.Tensor, head: PackedWeight, token_ids: torch.Tensor | None, width: int, pool: KVPool,
+        end: int,
+    ) -> Drafter:  # fmt: skip
+        """Return what drafts whole rounds up to `end` positions on this pool; the one made last is kept.
+
+        Shapes: see `kernels.cpu.drafting.Scorer`.
+        """
+        made = self._drafter
+        if (
+            made is None or made.positions < end or made.keys is not pool.token_keys
+            or made.scorer.head is not head or made.scorer.width != width
+        ):  # fmt: skip
+            scorer, tables = Scorer(embedding, head, token_ids, width), self._tables_to(end)
+            made = self._drafter = Drafter(
+                self._layers, scorer, pool.token_keys, pool.token_values, pool.block_tokens, *tables
+            )
+        return made
+
+    def _tables_to(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         tables = self._tables  # one reference: another thread may replace it by a shorter one
-        if batch.longest > len(tables[0]):
-            tables = self._tables = rotary_tables(self._rotary, batch.longest, tables[0])
-        return self._layers.states(x.float(), batch, *tables).to(x.dtype)
+        if end > len(tables[0]):
+            tables = self._tables = rotary_tables(self._rotary, end, tables[0])
+        return tables
 
 
 def rotary_tables(rotary: Any, end: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -135,6 +135,11 @@ class LeanLlama:
                     linear.pack()
         self._compiled = self._compile() if compiled else None
 
+    @property
+    def compiled(self) -> CompiledLlama | None:
+        """The compiled layers; None where torch computes."""
+        return self._compiled
+
     def run(self, tokens: torch.Tensor, pool: KVPool, rows: list[Row], wanted: torch.Tensor | None) -> torch.Tensor:
         """Process the tokens of a step, short rows first; arguments and result as those of `states`."""
         if self._compiled is not None:

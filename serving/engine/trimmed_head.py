@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from adapter.contracts import ArtifactError
+from kernels.cpu.packing import PackedWeight
 from kernels.packed_linear import PackedLinear, from_weight
 from kernels.sampling import Columns
 
@@ -48,6 +49,11 @@ class TrimmedHead:
     def bias(self) -> torch.Tensor | None:
         """Their biases, where the full head has any.  Shapes: [size]."""
         return self._linear.bias
+
+    @property
+    def panels(self) -> PackedWeight | None:
+        """They and their biases as our own kernels read them; None where torch multiplies."""
+        return self._linear.panels
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Score.  Shapes: states [rows, hidden]; result [rows, size]."""

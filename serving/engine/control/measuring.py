@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,12 +16,14 @@ from adapter.contracts import Sampling
 from kernels.sampling import draw, shape_logits
 from serving.engine.control.cost_table import CostTable, Measure, beaten, measure_curve
 from serving.engine.parameters import row_params
+from serving.engine.proposers.draft_loop import DraftLoop
 from serving.engine.runner import ModelRunner
 from serving.engine.work import Work
 
 ROUND = 4  # rows a request has in a timed target forward: about what verification gives it
 _BUDGET_S = {"target": 4.0, "draft": 2.0}
 _READ = 64  # tokens read at once, to know what a token of backlog costs
+_DEPTH = 2  # tokens a timed round drafts at once: a round costs more than its second token, and most have few
 _GREEDY, _SAMPLED = Sampling(temperature=0.0), Sampling(temperature=0.8, seed=1)
 _DRAWN = 4  # rows drawn from, to know what one costs
 
@@ -40,13 +43,15 @@ class Timers:
 
 
 def host_timers(
-    target: ModelRunner, draft: ModelRunner | None, most_requests: int, clock: Callable[[], float] = time.perf_counter
-) -> Timers:
-    """Time the forwards of runners, and waiting for them."""
+    target: ModelRunner, draft: ModelRunner | None, most_requests: int,
+    clock: Callable[[], float] = time.perf_counter, *, at_once: bool = False,
+) -> Timers:  # fmt: skip
+    """Time the forwards of runners, and waiting for them; `at_once`: the draft's in its loop, where that covers it."""
+    loop = DraftLoop(draft, draft.model.config.vocab_size) if draft is not None and at_once else None
     return Timers(
         timer(target, ROUND, most_requests, clock), timer(target, ROUND, most_requests, clock, _SAMPLED),
-        None if draft is None else timer(draft, 1, most_requests, clock),
-        None if draft is None else timer(draft, 1, 1, clock),
+        None if draft is None else timer(draft, 1, most_requests, clock, loop=loop),
+        None if draft is None else timer(draft, 1, 1, clock, loop=loop),
     )  # fmt: skip
 
 
@@ -87,8 +92,9 @@ def timer(
     most_requests: int,
     clock: Callable[[], float] = time.perf_counter,
     sampling: Sampling = _GREEDY,
+    loop: DraftLoop | None = None,
 ) -> Measure:
-    """Return a callable that runs one forward and returns its seconds.
+    """Return a callable that runs one forward and returns its seconds; with `loop`, of rounds that it drafts.
 
     Rows are shared out to requests of `rows_each`, then evenly to at most `most_requests`.  A model
     that scores one row a request, as a draft does, has rows_each 1.
@@ -97,23 +103,41 @@ def timer(
 
     def run(rows: int, context_tokens: int) -> float:
         requests = max(1, min(-(-rows // rows_each), most_requests))
-        read = list(range(-(-(context_tokens + rows) // block_tokens))) if context_tokens else []
+        read = list(range(-(-(context_tokens + rows + _DEPTH) // block_tokens))) if context_tokens else []
         if read:
             runner.pool.clear(read)  # memory that was never written is one page, and that stays in the CPU's caches
             runner.forward([Work([0], 0, [0], 1)])  # drives what was just written out of them, as weights do in a step
         work = []
         for i in range(requests):
             count = rows // requests + (i < rows % requests)
-            table = read or [0] * (-(-count // block_tokens))
+            table = read or [0] * (-(-(count + _DEPTH) // block_tokens))
             tokens = [(i + j) * 7919 % vocab for j in range(count)]
             work.append(Work(table, context_tokens, tokens, 1 if rows_each == 1 else count))
-        scored = sum(item.num_logits for item in work)
-        params = row_params([sampling] * scored, [context_tokens] * scored)
-        begin = clock()
-        with torch.inference_mode():
-            draw(shape_logits(runner.forward(work), params), params).tolist()
-        seconds = clock() - begin
+        seconds = None if loop is None else _drafting_s(loop, work, sampling, runner.model, clock)
+        if seconds is None:
+            seconds = _forward_s(runner, work, sampling, clock)
         runner.pool.clear(read or [0])
         return max(seconds, 1e-9)
 
     return run
+
+
+def _forward_s(runner: ModelRunner, work: list[Work], sampling: Sampling, clock: Callable[[], float]) -> float:
+    """Seconds of one forward, and of drawing from its rows."""
+    scored = sum(item.num_logits for item in work)
+    params = row_params([sampling] * scored, [work[0].start] * scored)
+    begin = clock()
+    with torch.inference_mode():
+        draw(shape_logits(runner.forward(work), params), params).tolist()
+    return clock() - begin
+
+
+def _drafting_s(
+    loop: DraftLoop, work: list[Work], sampling: Sampling, model: Any, clock: Callable[[], float]
+) -> float | None:  # fmt: skip
+    """Seconds of a forward within a round that is drafted at once; None where it is not."""
+    depth = _DEPTH if all(len(item.token_ids) == 1 for item in work) else 1  # more are a backlog, read once
+    begin = clock()
+    if loop.run(work, [depth] * len(work), [sampling] * len(work), model) is None:
+        return None
+    return (clock() - begin) / depth

@@ -34,7 +34,7 @@ def cost_table(
          "programs": timers is not None}
     )  # fmt: skip
     spread = settings.engine.max_batch
-    runs = timers or host_timers(target, draft, spread, clock)
+    runs = timers or host_timers(target, draft, spread, clock, at_once=settings.engine.coupling == "gumbel")
 
     def measure() -> CostTable:
         return measure_costs(
@@ -61,7 +61,7 @@ def _pair_facts(settings: Settings, pair: Pair, target: ModelRunner, draft: Mode
         "draft_dtype": str(draft.pool.dtype) if draft else None, "draft_vocab_size": engine.draft_vocab_size,
         "max_batch": engine.max_batch, "gamma_max": engine.gamma_max, "block_tokens": engine.block_tokens,
         "max_model_len": engine.max_model_len, "lean": engine.lean, "pack": engine.pack,
-        "draft_int8": engine.draft_int8, "compiled": target.forwards.compiled,
+        "draft_int8": engine.draft_int8, "compiled": target.forwards.compiled, "coupling": engine.coupling,
         "draftsmith": metadata.version("draftsmith"),
     }  # fmt: skip
 

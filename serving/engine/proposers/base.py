@@ -1,9 +1,8 @@
 """What every way to draft has in common.  The engine knows proposers only by this.
 
 A proposer says what it could draft (`offer`), drafts it (`propose`), and hears what became of every
-round (`committed`), also of rounds that others drafted.  One that reads the target's features says
-so (`wants_hidden_states`) and gets them with `committed`; one that skips layers of the target takes
-the target's runner when it is built.  Neither needs a change in the engine.
+round (`committed`), also of rounds that others drafted.  One that skips layers of the target takes the
+target's runner when it is built, and needs no change in the engine.
 """
 
 from __future__ import annotations
@@ -52,7 +51,6 @@ class Proposer(Protocol):
     """One way to draft."""
 
     name: str
-    wants_hidden_states: bool
 
     def offer(self, request: Sequence, limit: int) -> Offer:
         """Say what could be drafted for a request now, at most `limit` tokens.  Cheap; changes nothing."""
@@ -60,14 +58,10 @@ class Proposer(Protocol):
     def propose(self, requests: list[Sequence], gammas: list[int]) -> list[Proposal]:
         """Draft at most gammas[i] tokens for requests[i]; fewer, or none, is always allowed."""
 
-    def committed(
-        self, request: Sequence, before: int, proposal: Proposal, num_accepted: int, hidden: torch.Tensor | None
-    ) -> None:
+    def committed(self, request: Sequence, before: int, proposal: Proposal, num_accepted: int) -> None:
         """Hear the verdict on a round, whoever drafted it.
 
-        `before` is the length of the request's tokens when the round began.  Shapes: hidden
-        [len(proposal.tokens) + 1, hidden_size], the target's last hidden states of the round's
-        rows, where wanted.
+        `before` is the length of the request's tokens when the round began.
         """
 
     def ended(self, request: Sequence) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
-import torch
-
 from serving.engine.control.base import Choice
 from serving.engine.proposers.base import Offer, Proposal, Proposer
 from serving.engine.proposers.draft import DraftProposer
@@ -18,7 +16,6 @@ class Proposers:
 
     def __init__(self, members: SequenceOf[Proposer] = ()) -> None:
         self.members = {member.name: member for member in members}
-        self.want_hidden_states = any(member.wants_hidden_states for member in members)
 
     @property
     def draft(self) -> DraftProposer | None:
@@ -75,12 +72,10 @@ class Proposers:
                 proposals[i] = proposal
         return proposals
 
-    def committed(
-        self, request: Sequence, before: int, proposal: Proposal, num_accepted: int, hidden: torch.Tensor | None
-    ) -> None:
+    def committed(self, request: Sequence, before: int, proposal: Proposal, num_accepted: int) -> None:
         """Tell every proposer what became of a round."""
         for member in self.members.values():
-            member.committed(request, before, proposal, num_accepted, hidden)
+            member.committed(request, before, proposal, num_accepted)
 
     def ended(self, request: Sequence) -> None:
         """Tell every proposer that a request ended."""

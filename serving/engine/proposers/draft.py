@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adapter.contracts import FLOOR_VERSION
+from adapter.contracts import FLOOR_VERSION, Sampling
 from adapter.logs import get_logger
 from kernels.noise import Purpose
 from kernels.sampling import draw, shape_logits
 from serving.engine.parameters import row_params
 from serving.engine.proposers.base import Offer, Proposal
+from serving.engine.proposers.draft_loop import DraftLoop
 from serving.engine.runner import ModelRunner
 from serving.engine.sequence import Sequence
 from serving.engine.work import Work
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 _STEADY = 2  # tokens a request lacks after a round it drafted in, at most; reading them is no catching up
+_GREEDY = Sampling(temperature=0.0)
 
 
 class DraftProposer:
@@ -39,7 +41,6 @@ class DraftProposer:
     """
 
     name = "draft"
-    wants_hidden_states = False
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class DraftProposer:
         self.num_not_finite = 0  # forwards that gave logits which are no numbers
         self._broken_versions: set[int] = set()
         self._poisoned: set[int] = set()  # blocks they may have left such numbers in
+        self.loop: DraftLoop | None = None if keep_laws else DraftLoop(runner, vocab)  # None goes stage by stage
 
     def use(self, model: Any, version: int) -> None:
         """Draft with another model from now on; running requests keep their cache."""
@@ -97,15 +99,13 @@ class DraftProposer:
             self._draft(model, version, reads, requests, gammas, proposals)
         return proposals
 
-    def committed(
-        self, request: Sequence, before: int, proposal: Proposal, num_accepted: int, hidden: torch.Tensor | None
-    ) -> None:
+    def committed(self, request: Sequence, before: int, proposal: Proposal, num_accepted: int) -> None:
         """Note how much of the draft's cache is still true after a round.
 
         The draft has read every drafted token but the last, so after a full acceptance it lacks one
         more token than the target does; the next round's catch-up brings it.
         """
-        if self.vocabulary is not None:
+        if self.vocabulary is not None and request.learn:
             self.vocabulary.count(request.segment, request.tokens[before:])
         if proposal.tokens and proposal.proposer == self.name:
             read = before + min(num_accepted, len(proposal.tokens) - 1)
@@ -141,8 +141,10 @@ class DraftProposer:
         work = {i: self._catch_up(requests[i], num_read) for i, num_read in reads.items()}
         active = [i for i in reads if requests[i].num_draft_kv == len(requests[i].tokens)]
         behind = [i for i in reads if i not in active]
+        if self._draft_at_once(model, version, work, active, behind, requests, gammas, proposals):
+            return
         logits = self._forward([work[i] for i in active + behind], model)
-        self._check(torch.logsumexp(logits[len(active) :], dim=-1), [requests[i] for i in behind], version)
+        self._check(torch.logsumexp(logits[len(active) :], dim=-1).tolist(), [requests[i] for i in behind], version)
         logits = logits[: len(active)]
         while active:
             done = self._draw(logits, requests, proposals, active, version)
@@ -150,17 +152,40 @@ class DraftProposer:
             if active:
                 logits = self._forward([self._next(requests[i], proposals[i]) for i in active], model)
 
+    def _draft_at_once(
+        self, model: Any, version: int, work: dict[int, Work], active: list[int], behind: list[int],
+        requests: list[Sequence], gammas: list[int], proposals: list[Proposal],
+    ) -> bool:  # fmt: skip
+        """Do all of it in one call of compiled code; return whether that covers these requests."""
+        if self.loop is None or any(requests[i].constraints is not None for i in active):
+            return False
+        order, depths = active + behind, [gammas[i] for i in active]
+        samplings = [requests[i].sampling for i in active] + [_GREEDY] * len(behind)  # nothing is drawn for those
+        drafted = self.loop.run([work[i] for i in order], depths + [0] * len(behind), samplings, model)
+        if drafted is None:
+            return False
+        self._check([item.totals[0] for item in drafted[len(active) :]], [requests[i] for i in behind], version)
+        self.forwards.append(sum(len(item.token_ids) for item in work.values()))
+        for step in range(max(depths, default=0)):
+            rows = [row for row, depth in enumerate(depths) if depth > step]
+            self.forwards += [len(rows)] if step else []
+            self._check([drafted[row].totals[step] for row in rows], [requests[active[row]] for row in rows], version)
+        for i, item in zip(active, drafted, strict=False):
+            proposals[i].tokens, proposals[i].logprobs = item.tokens, item.logprobs
+            proposals[i].proposer, proposals[i].version = self.name, version
+        return True
+
     @staticmethod
     def _next(request: Sequence, proposal: Proposal) -> Work:
         start = len(request.tokens) + len(proposal.tokens) - 1
         return Work(request.block_table, start, proposal.tokens[-1:], 1)
 
-    def _check(self, totals: torch.Tensor, requests: list[Sequence], version: int) -> None:
+    def _check(self, totals: list[float], requests: list[Sequence], version: int) -> None:
         """Note whose rows are no numbers; what they wrote is cleaned up before the next round.
 
         Shapes: totals [requests], the logsumexp of their logits.
         """
-        broken = [item for item, total in zip(requests, totals.tolist(), strict=True) if not math.isfinite(total)]
+        broken = [item for item, total in zip(requests, totals, strict=True) if not math.isfinite(total)]
         if broken:
             self.note_broken([block for item in broken for block in item.block_table], len(broken), version)
 
@@ -211,7 +236,7 @@ class DraftProposer:
         scaled = shape_logits(self._constrained(logits, requests, proposals, active), params)
         columns = draw(scaled, params, self._purpose, None if head is None else head.columns)
         totals = torch.logsumexp(logits, dim=-1)
-        self._check(totals, [requests[i] for i in active], version)
+        self._check(totals.tolist(), [requests[i] for i in active], version)
         logprobs = logits.gather(1, columns[:, None]).squeeze(1) - totals
         void = [constrained and item == -math.inf for item in scaled.gather(1, columns[:, None]).squeeze(1).tolist()]
         if head is not None:

@@ -5,8 +5,6 @@ Looks at tokens only, so preemption, swaps and caches do not matter to it.  Need
 
 from __future__ import annotations
 
-import torch
-
 from serving.engine.proposers.base import Offer, Proposal
 from serving.engine.proposers.matched import matched_proposal
 from serving.engine.proposers.suffix import SuffixAutomaton
@@ -27,7 +25,6 @@ class NgramProposer:
     """
 
     name = "ngram"
-    wants_hidden_states = False
 
     def __init__(self, *, vocab: int | None = None) -> None:
         self._vocab = vocab
@@ -46,9 +43,7 @@ class NgramProposer:
         """Copy what followed the match."""
         return [self._one(request, gamma) for request, gamma in zip(requests, gammas, strict=True)]
 
-    def committed(
-        self, request: Sequence, before: int, proposal: Proposal, num_accepted: int, hidden: torch.Tensor | None
-    ) -> None:
+    def committed(self, request: Sequence, before: int, proposal: Proposal, num_accepted: int) -> None:
         """Keep nothing: what is new is read with the next offer."""
 
     def ended(self, request: Sequence) -> None:

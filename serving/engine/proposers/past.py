@@ -12,8 +12,6 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from itertools import count
 
-import torch
-
 from serving.engine.proposers.base import Offer, Proposal
 from serving.engine.proposers.matched import matched_proposal
 from serving.engine.proposers.ngram import NOTHING, SHORTEST
@@ -64,7 +62,6 @@ class PastOutputs:
     """
 
     name = "past"
-    wants_hidden_states = False
 
     def __init__(self, *, max_tokens: int, vocab: int | None = None) -> None:
         self._max_tokens = max_tokens
@@ -103,9 +100,7 @@ class PastOutputs:
             proposals.append(matched_proposal(self.name, tokens, self._vocab))
         return proposals
 
-    def committed(
-        self, request: Sequence, before: int, proposal: Proposal, num_accepted: int, hidden: torch.Tensor | None
-    ) -> None:
+    def committed(self, request: Sequence, before: int, proposal: Proposal, num_accepted: int) -> None:
         """Learn a little of what waits; a round is too short to learn a long answer in."""
         if self._waiting:
             self._learn(_LEARN_A_ROUND)
