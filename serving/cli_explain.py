@@ -33,7 +33,7 @@ def show_explanation(settings: Settings, as_json: bool) -> None:
         return
     if told.get("controller") != "adaptive":
         console.print(
-            f"the draft length is fixed: {told.get('gamma')} tokens a round (engine.controller = fixed)"
+            f"the draft length is fixed: {_count(told.get('gamma', 0), 'token')} a round (engine.controller = fixed)"
             if told.get("drafts", True)
             else "nothing is drafted: no proposer is there (engine.proposers) or engine.gamma_max is 0"
         )
@@ -62,7 +62,8 @@ def _ask(settings: Settings) -> dict[str, Any]:
 
 def _print_decision(decision: dict[str, Any]) -> None:
     console.print(
-        f"[bold]last choice[/] for {decision['batch']} requests: {escape(decision['sentence'])}", highlight=False
+        f"[bold]last choice[/] for {_count(decision['batch'], 'request')}: {escape(decision['sentence'])}",
+        highlight=False,
     )
     if not decision["alternatives"]:
         return
@@ -70,7 +71,7 @@ def _print_decision(decision: dict[str, Any]) -> None:
     plain = decision["plain_tokens_per_s"]
     for item in decision["alternatives"]:
         mark = " ←" if item["gamma"] == decision["gamma"] else ""
-        rate = item["tokens_per_s"]  # 0 where no request would draft so deep
+        rate = item["tokens_per_s"]  # 0 where nobody can draft so deep, or has to read too much first
         ratio = f"{rate / plain:.3f}" if plain and rate else "–"
         table.add_row(f"{item['gamma']}{mark}", f"{rate:.1f}" if rate else "–", ratio, str(item["drafted"]))
     console.print(table, highlight=False)
@@ -111,9 +112,15 @@ def _print_measured(told: dict[str, Any]) -> None:
         f"{speedup['ratio']:.3f} [{speedup['low']:.3f}, {speedup['high']:.3f}]"
     )  # fmt: skip
     console.print(
-        f"measured speed-up: {words}, from {switchback['pairs']} of {switchback['windows']} plain windows"
+        f"measured speed-up: {words}, from {switchback['pairs']} of {_count(switchback['windows'], 'plain window')}"
         + ("; speculation is bypassed" if switchback["bypass"] else ""),
         highlight=False,
     )
     reasons = ", ".join(f"{name} {count}" for name, count in sorted(told["reasons"].items(), key=lambda item: -item[1]))
-    console.print(f"{told['steps']} steps, {told['changes']} changes of length: {reasons}", highlight=False)
+    console.print(
+        f"{_count(told['steps'], 'step')}, {_count(told['changes'], 'change')} of length: {reasons}", highlight=False
+    )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"

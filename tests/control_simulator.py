@@ -85,6 +85,7 @@ class Machine:
     prefill_tokens: int = 0  # of others' prompts, read beside every step
     version: int = 1
     match: Callable[[str, int], tuple[Offer, float] | None] = lambda name, step: None
+    ahead: bool = False  # the controller hears of a step only when it has chosen for the next one, as on a device
     requests: list[Sequence] = field(default_factory=list)
     gammas: list[list[int]] = field(default_factory=list)  # by step
     expected: list[float] = field(default_factory=list)  # tokens by step
@@ -94,6 +95,7 @@ class Machine:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
         self._true = CostModel(self.truth)
+        self._unheard: StepReport | None = None
 
     def batch(self, size: int, **more: int) -> Machine:
         """Change the batch; those that leave, leave for good."""
@@ -137,6 +139,7 @@ class Machine:
         shape = StepShape(self.prefill_tokens, self.context_tokens * batch, self.version)
         offers = self._offers()
         choices = self._choices(offers, shape)
+        self._tell(self._unheard)
         rounds, expected = [], 0.0
         for item, choice in zip(self.requests, choices, strict=True):
             found = self.match(item.request_id, self.steps)
@@ -146,7 +149,7 @@ class Machine:
             while accepted < choice.gamma and self._random.random() < alpha:
                 accepted += 1
             proposer = choice.proposer if choice.gamma else None
-            rounds.append(RoundReport(item, proposer, choice.gamma, accepted, accepted + 1))
+            rounds.append(RoundReport(item, proposer, choice.gamma, accepted, accepted + 1, choice.tag))
         forwards = self._forwards(choices)
         propose_s, target_s = self._cost(forwards, batch, choices, shape)
         drafting = any(choice.gamma for choice in choices)
@@ -158,12 +161,16 @@ class Machine:
             item.tokens.extend([0] * (round_.num_accepted + 1))
             if round_.num_drafted and round_.proposer == "draft":
                 item.num_draft_kv = before + min(round_.num_accepted, round_.num_drafted - 1)
-        if isinstance(self.chooser, AdaptiveController):
-            self.chooser.observe(report)
+        self._unheard = report if self.ahead else None
+        self._tell(None if self.ahead else report)
         self.gammas.append([choice.gamma for choice in choices])
         self.expected.append(expected)
         self.seconds.append(step_s)
         self.steps += 1
+
+    def _tell(self, report: StepReport | None) -> None:
+        if report is not None and isinstance(self.chooser, AdaptiveController):
+            self.chooser.observe(report)
 
     def _forwards(self, choices: list[Choice]) -> tuple[int, ...]:
         drafting = [(r, c.gamma) for r, c in zip(self.requests, choices, strict=True) if c.proposer == "draft"]

@@ -154,8 +154,9 @@ def test_the_engines_document_is_read_as_the_controller_writes_it() -> None:
     explained = {"controller": {"switchback": switchback.explain()}, "median_batch": 3.0, "kv_usage": 0.1}
     assert load_of(explained, prefix_cache=True).speedup is None
     for _ in range(4000):
-        window = switchback.plain_now(blocked=False) is not None
-        switchback.observe(Step(1.0 if window else 0.8, 1.0, 0.0, 1.0, drafted=not window))
+        mark = switchback.begin_step(blocked=False)
+        window = mark.plain is not None
+        switchback.observe(Step(1.0 if window else 0.8, 1.0, 0.0, 1.0, drafted=not window), mark)
     load = load_of({**explained, "controller": {"switchback": switchback.explain()}}, prefix_cache=True)
     assert load.speedup == pytest.approx(1.25, rel=0.02)
     assert load.speedup_windows > 5

@@ -41,11 +41,13 @@ from kernels.sampling import RowParams, draw, shape_logits
 from kernels.verify import verify_maximal
 from serving import cli
 from serving.api.controller_metrics import controller_families
+from serving.cli_explain import _count
 from serving.engine.control.adaptive import AdaptiveController
 from serving.engine.control.base import RoundReport, StepReport, StepShape
 from serving.engine.control.cost_file import fingerprint_of, load_or_measure
 from serving.engine.control.cost_model import CostModel
 from serving.engine.control.cost_table import CostTable, Curve, beaten, curve_from, measure_curve, sizes_up_to
+from serving.engine.control.decision import Decision
 from serving.engine.control.fixed import FixedGamma
 from serving.engine.control.posterior import Beliefs, match_bucket
 from serving.engine.control.priors import START, Prior
@@ -644,8 +646,9 @@ def test_reading_a_backlog_is_charged() -> None:
     known = request("known")
     shape = StepShape(0, 500, 1)
     for _ in range(60):
-        chooser.choose([known], [{"draft": Offer(4, backlog_tokens=1)}], shape)
-        chooser.observe(StepReport(shape, [RoundReport(known, "draft", 4, 3, 4)], 5, (1,) * 4, 0.033, 0.045, 0.081))
+        [choice] = chooser.choose([known], [{"draft": Offer(4, backlog_tokens=1)}], shape)
+        report = RoundReport(known, "draft", 4, 3, 4, choice.tag)
+        chooser.observe(StepReport(shape, [report], 5, (1,) * 4, 0.033, 0.045, 0.081))
     ends = request("ends", max_tokens=12)
     near = chooser.choose([ends], [{"draft": Offer(4, backlog_tokens=1)}], shape)
     far = chooser.choose([ends], [{"draft": Offer(4, backlog_tokens=20_000)}], shape)
@@ -691,11 +694,12 @@ def _maximal_run(peek: bool) -> list[int]:
         )
         verdicts = verify_maximal(logits, params, drafts, [torch.log(Q).repeat(len(tokens), 1) for tokens in drafts])
         rounds = []
-        for item, drafted, (kept, token) in zip(requests, drafts, verdicts, strict=True):
+        for item, choice, drafted, (kept, token) in zip(requests, choices, drafts, verdicts, strict=True):
             new = [*drafted[:kept], token]
             item.tokens += new
             emitted += new
-            rounds.append(RoundReport(item, "draft" if drafted else None, len(drafted), kept, kept + 1))
+            proposer = "draft" if drafted else None
+            rounds.append(RoundReport(item, proposer, len(drafted), kept, kept + 1, choice.tag))
         chooser.observe(StepReport(shape, rounds, batch, (batch,), 1e-3, 6e-3, 8e-3))
     return emitted
 
@@ -729,10 +733,11 @@ def _measured(seed: int, tau: float, on_s: float, pairs: int) -> tuple[Switchbac
     step = 0
     while len(switchback._pairs) < pairs:
         drift = 1 + 0.2 * np.sin(step / 300)  # of the plain step; the table knows it, 10 % wrongly scaled
-        window = switchback.plain_now(blocked=False)
+        mark = switchback.begin_step(blocked=False)
+        window = mark.plain
         seconds = (0.040 if window else on_s) * drift * np.exp(rng.gauss(0, 0.05))
         tokens = 1.0 if window else statistics.fmean(1 + (rng.random() < tau - 1) for _ in range(4))
-        switchback.observe(Step(float(seconds), 0.044 * float(drift), 0.0, tokens, window is None))
+        switchback.observe(Step(float(seconds), 0.044 * float(drift), 0.0, tokens, window is None), mark)
         step += 1
     return switchback, tau * 0.040 / on_s
 
@@ -753,24 +758,103 @@ def test_windows_take_their_share_of_the_steps() -> None:
     for share, low, high in ((0.02, 0.01, 0.03), (0.0, 0.0, 0.0)):
         switchback, plain = Switchback(share, random.Random(0)), 0
         for _ in range(40_000):
-            window = switchback.plain_now(blocked=False)
+            mark = switchback.begin_step(blocked=False)
+            window = mark.plain
             plain += window is not None
-            switchback.observe(Step(0.04, 0.04, 0.0, 1.0 if window else 1.5, window is None))
+            switchback.observe(Step(0.04, 0.04, 0.0, 1.0 if window else 1.5, window is None), mark)
         assert low * 40_000 <= plain <= high * 40_000
 
 
-def test_the_step_that_catches_up_is_on_neither_side() -> None:
-    """A first step after each window ten times as long changes nothing."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_step_that_catches_up_is_on_neither_side(ahead: bool) -> None:
+    """A first step after each window ten times as long changes nothing, nor does hearing of each step one too late."""
     switchback = Switchback(0.1, random.Random(3))
     after_window = False
+    unheard: list[tuple[Step, Any]] = []
     while len(switchback._pairs) < 8:
-        window = switchback.plain_now(blocked=False)
+        mark = switchback.begin_step(blocked=False)
+        window = mark.plain
         seconds = 0.04 if window else (0.4 if after_window else 0.05)
         after_window = window is not None
-        switchback.observe(Step(seconds, 0.04, 0.0, 1.0 if window else 2.0, window is None))
+        step = Step(seconds, 0.04, 0.0, 1.0 if window else 2.0, window is None)
+        unheard.append((step, mark))
+        if len(unheard) > ahead:
+            switchback.observe(*unheard.pop(0))
+        assert all(not item.drafted for item in switchback._off)
+        assert all(item.drafted for item in (*switchback._before, *switchback._after))
     found = switchback.estimate()
     assert found is not None
     assert found.ratio == pytest.approx(1.6, rel=1e-6)
+    assert switchback.window_steps == WINDOW_STEPS * switchback.num_windows
+
+
+@pytest.mark.parametrize("penalty_s", [0.002, 0.0054])
+def test_the_measured_speed_up_is_the_same_when_steps_run_ahead(penalty_s: float) -> None:
+    """Choosing for a step before the one before it is heard of, as on a device, moves the estimate by less than 1.5 %,
+    n = 12,000 steps, seed 0; both are within 2 % of what the machine counted."""
+    ratios = []
+    for ahead in (False, True):
+        chooser = controller(gpu_table(), switchback_share=0.1, explore_share=0.0)
+        machine = Machine(gpu_table(), chooser, lambda step: 0.6, penalty_s=penalty_s, ahead=ahead).batch(8).run(12_000)
+        found = chooser.switchback.estimate()
+        assert found is not None
+        ratios.append(found.ratio)
+        rates = []
+        for drafted in (True, False):
+            steps = [i for i, gammas in enumerate(machine.gammas) if any(gammas) == drafted]
+            rates.append(sum(machine.expected[i] for i in steps) / sum(machine.seconds[i] for i in steps))
+        assert found.ratio == pytest.approx(rates[0] / rates[1], rel=0.02)
+        assert found.low < found.ratio < found.high
+    assert ratios[0] == pytest.approx(ratios[1], rel=0.015)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_loss_is_bypassed_when_steps_run_ahead_too(ahead: bool) -> None:
+    """Speculation that takes 10 ms more than any part shows is bypassed in two thirds of 8,000 steps, seed 0; what
+    was chosen before a bypass began, and is heard of later, belongs to no comparison."""
+    chooser = controller(gpu_table(), switchback_share=0.1)
+    machine = Machine(gpu_table(), chooser, lambda step: 0.6, penalty_s=0.010, ahead=ahead).batch(8)
+    while not chooser.switchback.bypass.active:
+        machine.run(1)
+        assert machine.steps < 2000
+    machine.run(5)
+    assert list(chooser.switchback._on) == []
+    machine.run(8000 - machine.steps)
+    assert chooser.reasons["bypass"] > 8000 * 2 / 3
+
+
+def test_a_window_that_is_given_up_counts_for_nothing() -> None:
+    """A request with a length of its own comes in the middle of a window whose steps are heard of late."""
+    switchback = Switchback(0.2, random.Random(0))
+    marks = []
+    while len(marks) < 5:
+        mark = switchback.begin_step(blocked=False)
+        marks += [mark] if mark.plain else []
+        if not mark.plain:
+            switchback.observe(Step(0.05, 0.04, 0.0, 2.0, True), mark)
+    assert switchback.begin_step(blocked=True).plain is None
+    for mark in marks:
+        switchback.observe(Step(0.04, 0.04, 0.0, 1.0, False), mark)
+    assert switchback._off == []
+    assert all(step.drafted for step in switchback._on)
+
+
+def test_a_draft_is_judged_as_what_it_was_when_it_was_chosen() -> None:
+    """A verdict heard of after the next choice counts for the version and the match that were drafted with."""
+    chooser = controller(gpu_table(), explore_share=0.0)
+    item = request("r")
+    tags = []
+    for version in (1, 2):
+        shape = StepShape(0, 500, version)
+        [choice] = chooser.choose([item], [{"draft": Offer(4, backlog_tokens=1, version=version)}], shape)
+        assert choice.gamma > 0
+        tags.append(choice.tag)
+    later = chooser.beliefs.prior(("test", 2, "draft", 0)).examined
+    report = RoundReport(item, "draft", 4, 0, 1, tags[0])
+    for _ in range(20):
+        chooser.observe(StepReport(SHAPE, [report], 5, (1,) * 4, 1e-3, 6e-3, 8e-3))
+    assert chooser.beliefs.prior(("test", 1, "draft", 0)).examined > 10
+    assert chooser.beliefs.prior(("test", 2, "draft", 0)).examined == later
 
 
 def test_no_window_among_plain_steps_or_blocked_ones() -> None:
@@ -778,8 +862,9 @@ def test_no_window_among_plain_steps_or_blocked_ones() -> None:
     for drafted, blocked in ((False, False), (True, True)):
         switchback = Switchback(0.2, random.Random(0))
         for _ in range(2000):
-            assert switchback.plain_now(blocked=blocked) is None
-            switchback.observe(Step(0.04, 0.04, 0.0, 1.0, drafted))
+            mark = switchback.begin_step(blocked=blocked)
+            assert mark.plain is None
+            switchback.observe(Step(0.04, 0.04, 0.0, 1.0, drafted), mark)
 
 
 def test_speculation_that_loses_is_bypassed_and_tried_again() -> None:
@@ -853,6 +938,41 @@ def test_every_choice_has_a_reason_in_words(reason: str) -> None:
         assert [item["gamma"] for item in decision["alternatives"]] == list(range(GAMMA_MAX + 1))
         best = max(item["tokens_per_s"] for item in decision["alternatives"])
         assert best > 0
+
+
+def test_the_end_of_a_request_says_why_nothing_is_drafted() -> None:
+    """A backlog no end is near enough to pay for, and an end too near to draft at all, each has a sentence without a
+    rate that nobody promised; near its end the decision before stays to be read, and so does the depth in force."""
+    chooser = controller(cpu_table(), explore_share=0.0)
+    machine = Machine(cpu_table(), chooser, lambda step: 0.8).batch(1).run(60)
+    before: Any = chooser.explain()["decision"]
+    depth = chooser._depth
+    assert (before["reason"] in ("speculate", "kept"), depth > 0) == (True, True)
+    [item] = machine.requests
+    far = Offer(4, backlog_tokens=20_000)
+    item.max_tokens = item.num_generated + 4
+    assert chooser.choose([item], [{"draft": far}], SHAPE)[0].gamma == 0
+    assert chooser.explain()["decision"] == before
+    assert (chooser.reasons["short"], chooser._depth) == (1, depth)
+    fresh = controller(cpu_table(), explore_share=0.0)
+    fresh.choose([item], [{"draft": far}], SHAPE)
+    told: Any = fresh.explain()["decision"]
+    assert told["sentence"] == "too few tokens are left to draft"
+    item.max_tokens = item.num_generated + 400
+    chooser._rest.end()
+    chooser.choose([item], [{"draft": Offer(4, backlog_tokens=10**7)}], SHAPE)
+    told = chooser.explain()["decision"]
+    assert told["reason"] == "backlog"
+    assert "0.0" not in told["sentence"]
+    assert "tokens/s" not in told["sentence"]
+
+
+def test_one_is_said_in_the_singular() -> None:
+    """A sentence about one token, and a line about one request, read like one."""
+    sentence = str(Decision("speculate", 1, [10.0, 12.0], [0, 1], 10.0, [1], 1).explain(0.03)["sentence"])
+    assert "up to 1 token promises" in sentence
+    assert "up to 2 tokens" in str(Decision("speculate", 2, [1.0, 2.0, 3.0], [0, 1, 2], 1.0).explain(0.03)["sentence"])
+    assert [_count(number, "request") for number in range(3)] == ["0 requests", "1 request", "2 requests"]
 
 
 def test_metrics_say_what_was_measured_and_nothing_else() -> None:

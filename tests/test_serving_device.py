@@ -3,27 +3,61 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import structlog
 import torch
-from engine_rig import MIXED, Changing, Rig, counts_of, plain_each, prompts, reference_models, request, requests_for
+from control_simulator import controller, gpu_table
+from engine_rig import (
+    MIXED,
+    Changing,
+    Rig,
+    build_rig,
+    counts_of,
+    plain_each,
+    prompts,
+    reference_models,
+    request,
+    requests_for,
+)
 from engine_rig import shared_rigs as shared
 
 from adapter.contracts import FLOOR_VERSION, Sampling
 from kernels import dispatch
 from serving.engine.attention import KVPool
+from serving.engine.control.base import StepReport
 from serving.engine.control.fixed import FixedGamma
+from serving.engine.control.switchback import WINDOW_STEPS
 from serving.engine.device.llama import DeviceLlama
 from serving.engine.device.program import Head, Known, Model, RoundProgram
 from serving.engine.device.programs import buckets
 from serving.engine.device.rounds import DeviceRounds
-from serving.engine.device.wire import Sent, receive, sampling_columns
+from serving.engine.device.wire import (
+    BEFORE_LAST,
+    CAPACITY,
+    FRESH,
+    GAMMA,
+    LAST,
+    LENGTH,
+    LIMIT,
+    TABLE,
+    TOP_K,
+    Sent,
+    receive,
+    sampling_columns,
+)
 from serving.engine.llama import LeanLlama
 from serving.engine.sequence import Sequence
+from serving.engine.trimmed_head import TrimmedHead
+from serving.engine.work import Work
 
 KERNELS = {
     "activation": ("silu_mul",), "attention": ("paged_attention",), "cuts": ("cut_borders",), "norm": ("add_rms_norm",),
@@ -196,6 +230,240 @@ def test_records_of_device_rounds_are_those_of_the_host(rig_for, ids):
             assert difference.max() < 5e-3, (name, field)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 2, 5, 8])
+def test_short_answers_count_the_same_as_on_the_host(rig_for, ids, max_tokens):
+    """What is drafted, examined and accepted near max_tokens is what rounds of the host count, request by request."""
+    counted = []
+    for settings in ({"exact": True, "compiled": False}, HERE):
+        rig = rig_for(**settings, prefill_tokens=512)  # all of it at once: the two share out a backlog's budget unlike
+        items = []
+        for gamma in (3, 8):
+            rig.engine.controller = FixedGamma(gamma)
+            items += requests_for(ids, MIXED, max_tokens, prefix=f"short{gamma}-")
+            rig.run(items[-len(ids) :])
+        counted.append([(item.by_version, item.accepted_by_position, item.plain_rounds) for item in items])
+        assert all(counts_of([item]).num_accepted <= item.num_generated for item in items)
+    assert counted[0] == counted[1]
+
+
+def test_a_draft_ends_with_the_positions_its_model_knows(rig_for, ids, said):
+    """A round begun ahead is cut to what the draft model can read, by the length that only the device knows."""
+    counted = []
+    for settings in ({"exact": True, "compiled": False}, HERE):
+        rig = rig_for(**settings)
+        rig.engine.controller = FixedGamma(3)
+        draft, rounds = rig.engine.proposers.draft, rig.engine.rounds
+        known, draft._positions = draft._positions, len(ids[0]) + 20
+        limit, rounds._draft_limit = getattr(rounds, "_draft_limit", 0), draft._positions + 1
+        item = request("near", ids[0], 40)
+        try:
+            assert rig.run([item]) == [said[0]]
+        finally:
+            draft._positions, rounds._draft_limit = known, limit
+        counted.append((item.by_version, item.plain_rounds))
+        assert item.plain_rounds > 10
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize("gamma", [0, 3])
+def test_nobody_is_broken_by_what_lies_in_blocks_of_others(rig_for, gamma):
+    """Positions past a request's blocks read block 0, whose numbers here are so large that they end as none: neither
+    half holds that against it; a NaN in its own block still tells."""
+    rig = rig_for(**HERE)
+    model, block = rig.engine.target.model, 8
+    for spoiled in (0, 1):
+        pool = KVPool(model.config, 4, block, torch.float32, torch.device("cpu"))
+        for part in pool.values:
+            part[0] = 3e38
+            part[spoiled] = torch.nan if spoiled else 3e38
+        side = Model(DeviceLlama(LeanLlama(copy.deepcopy(model)), pool, 64), Head(model.lm_head.weight))
+        made = RoundProgram(
+            side, side, Known.empty(1, torch.device("cpu")), batch=1, gamma=6, width=4, block_tokens=block,
+            vocab=model.config.vocab_size, top_k=0, maximal=False,
+        )  # fmt: skip
+        made.input[0, [FRESH, LENGTH, BEFORE_LAST, LAST, CAPACITY, LIMIT, GAMMA]] = torch.tensor(
+            [1, block, 5, 6, block, 1000, gamma], dtype=torch.int32
+        )
+        made.input[0, TABLE] = 1
+        made.draft()
+        made.verify()
+        landing = made.sent.unpack(made.output.numpy())
+        assert (landing.finite, landing.sound) == ([int(spoiled == 0)], [int(spoiled == 0)])
+        assert landing.drafted == [gamma]
+
+
+class Counting(FixedGamma):
+    """Rests in every fourth step, which forces the next one to land first; counts steps with somebody in them."""
+
+    chosen = heard = 0
+
+    def choose(self, requests: list[Sequence], offers: Any, shape: Any) -> Any:
+        self.chosen += bool(requests)
+        self.gamma = 3 if self.chosen % 4 else 0
+        return [replace(choice, tag=self.chosen) for choice in super().choose(requests, offers, shape)]
+
+    def observe(self, report: StepReport) -> None:
+        self.heard += report.shape.context_tokens > 0
+        assert {item.tag for item in report.rounds} <= {self.heard}, "a round was reported with another step's choice"
+
+
+def test_a_step_is_chosen_once_and_heard_of_once(rig_for, ids, said):
+    """However often a landing is forced, choices and observed steps are equally many, in order."""
+    rig = rig_for(**HERE)
+    rig.engine.step()  # what an earlier test left under way lands now
+    rig.engine.controller = chooser = Counting(3)
+    fit, forced = rig.engine._fit, []
+    rig.engine._fit = lambda ask: (forced.append(1), fit(ask))[1]
+    try:
+        assert rig.run(requests_for(ids, MIXED, 40, prefix="once-")) == said
+        rig.engine.step()
+    finally:
+        del rig.engine._fit
+    assert len(forced) > 5
+    assert chooser.chosen == chooser.heard > 20
+
+
+def test_a_request_the_host_runs_is_in_every_step(rig_for, ids, said):
+    """Beside others on the device, one with log-probs is left out of no step: it ends as soon as it would alone."""
+    rig = rig_for(**HERE)
+    rig.engine.controller = FixedGamma(0)
+    items = requests_for(ids[:3], MIXED[:3], 40, prefix="every-")
+    items[1].logprobs = 1
+    for item in items:
+        rig.engine.submit(item)
+    steps = 0
+    while rig.engine.busy:
+        rig.engine.step()
+        steps += 1
+    assert [item.tokens[item.prompt_tokens :] for item in items] == said[:3]
+    assert steps <= 42
+
+
+def test_steps_of_a_window_are_plain_and_the_others_are_not(folder, tmp_path, ids):
+    """Begun ahead, each step is counted as what it was chosen to be: every step of a window ran without a draft, every
+    one beside it with one.  The draft is the target, so that it always pays; n > 4 windows."""
+    rig = build_rig(folder, tmp_path, draft=str(folder / "tiny-target"), **HERE, controller="adaptive")
+    rig.engine.controller = chooser = controller(gpu_table(), switchback_share=0.5, explore_share=0.0)
+    chooser.costs.observe = lambda report: None  # a draft as slow as the target would soon be off
+    switchback = chooser.switchback
+    switchback._gap = lambda: 1
+    observe, seen = switchback.observe, []
+
+    def heard(step: Any, mark: Any) -> None:
+        seen.append((mark.phase, step.drafted))
+        observe(step, mark)
+        sorted_.append(not any(item.drafted for item in switchback._off))
+
+    switchback.observe, sorted_ = heard, []
+    launch, aheads = rig.engine.rounds.launch, []
+    rig.engine.rounds.launch = lambda ask, ahead: (aheads.append(len(ahead)), launch(ask, ahead))[1]
+    for turn in range(16):
+        rig.run([request(f"w{turn}-{i}", ids[i], 120, gamma=None) for i in range(2)])
+    assert sum(count > 0 for count in aheads) > len(aheads) / 3
+    assert switchback.num_windows > 4
+    windows = [drafted for phase, drafted in seen if phase == "window"]
+    assert len(windows) > 4 * WINDOW_STEPS
+    assert not any(windows)
+    assert all(sorted_)
+    settling = [drafted for phase, drafted in seen if phase == "settling"]
+    assert len(settling) > 4
+    assert sum(settling) > len(settling) / 2  # the others ended with their requests' last tokens
+    beside = [drafted for phase, drafted in seen if phase in ("after", "between")]
+    assert sum(beside) > 0.7 * len(beside)
+    rig.built.publisher.close()
+
+
+def test_a_first_vocabulary_makes_no_program_under_traffic(rig_for, ids, said):
+    """Warmed while all tokens are scored, the programs are there for a trimmed head too, and say the same (I1)."""
+    rig = rig_for(**HERE, draft_vocab_size=128, max_batch=4)
+    rounds, runner = rig.engine.rounds, rig.engine.proposers.draft.runner
+    assert runner.head is None or not isinstance(runner.head, TrimmedHead)
+    with structlog.testing.capture_logs() as logged:
+        rounds.warm(rig.engine.recorder.top_k)
+    [line] = [line for line in logged if line["event"] == "graphs_captured"]
+    assert line["programs"] == len(rounds.programs) > 0
+    assert line["seconds"] >= 0
+    before = {key: (made.verify, dict(made.drafts)) for key, made in rounds.programs._made.items()}
+    assert all(set(drafts) == {0, 1} for key, (_, drafts) in before.items() if key[1])
+    rig.engine.controller = FixedGamma(3)
+    try:
+        for number in (100, 90):
+            kept = np.arange(number, dtype=np.uint32)
+            runner.head = TrimmedHead(runner.model.lm_head, kept)
+            items = requests_for(ids[:4], MIXED[:4], 40, prefix=f"vocab{number}-")
+            assert rig.run(items) == said[:4]
+            assert rounds.models.head_place == 1
+            assert counts_of(items).num_drafted > 0
+    finally:
+        runner.head = None
+    assert {key: (made.verify, dict(made.drafts)) for key, made in rounds.programs._made.items()} == before
+
+
+def test_a_larger_vocabulary_moves_to_a_place_of_its_own(rig_for, ids, said):
+    """More tokens than engine.draft_vocab_size: programs for the place that is gone go with it, and text stays."""
+    rig = rig_for(**HERE, draft_vocab_size=64, max_batch=2)
+    rounds, runner = rig.engine.rounds, rig.engine.proposers.draft.runner
+    rounds.warm(rig.engine.recorder.top_k)
+    rig.engine.controller = FixedGamma(2)
+    try:
+        runner.head = TrimmedHead(runner.model.lm_head, np.arange(120, dtype=np.uint32))
+        assert rig.run(requests_for(ids[:2], MIXED[:2], 40, prefix="larger-")) == said[:2]
+        assert rounds.models.head_place == 2
+        used = [made for made in rounds.programs._made.values() if 2 in made.drafts]
+        assert used
+        assert all(1 not in made.drafts for made in used)
+    finally:
+        runner.head = None
+
+
+def test_reading_a_prompt_scores_nothing(rig_for, ids, said):
+    """Chunks of a prompt need keys and values alone: the target's head runs in the round's program only."""
+    rig = rig_for(**HERE, prefill_tokens=16, max_batch=2)
+    rig.engine.controller = FixedGamma(0)
+    scored: list[int] = []
+    hook = rig.engine.target.model.lm_head.register_forward_hook(lambda *_: scored.append(1))
+    try:
+        assert rig.run([request("long", ids[4], 40)]) == [
+            plain_each(reference_models(rig.pair)[0], [ids[4]], [{"temperature": 0.0}], 40)[0]
+        ]
+    finally:
+        hook.remove()
+    assert scored == []
+
+
+def test_a_broken_part_of_a_prompt_is_shared_with_nobody(rig_for, ids):
+    """A prompt whose first part gave no numbers ends in an error, and its blocks are found by nobody."""
+    rig = rig_for(**HERE, prefill_tokens=16, max_batch=2)
+    target = rig.engine.target.model
+    weight = target.model.layers[0].input_layernorm.weight
+    kept = weight.detach().clone()
+    item = request("part", [7, *ids[4]], 8)
+    rig.engine.submit(item)
+    weight.data.fill_(torch.nan)
+    rig.engine.step()
+    weight.data.copy_(kept)
+    again = request("again", [7, *ids[4]], 8, arrived_s=1.0)
+    rig.engine.submit(again)  # while the first is still being read
+    while rig.engine.busy:
+        rig.engine.step()
+    assert item.finish_reason == "error"
+    assert (again.num_cached_tokens, again.finish_reason) == (0, "length")
+
+
+def test_a_model_has_one_forward_on_the_device_and_takes_it_along(rig_for):
+    """Rounds and prompts share the target's; a draft that nobody holds any more is not held by what ran it."""
+    rig = rig_for(**HERE)
+    assert rig.engine.rounds.models.target.layers is rig.engine.target.on_device()
+    runner = rig.engine.proposers.draft.runner
+    model = rig.model(lambda weight: weight.mul_(1.0))
+    runner.forward([Work([1], 0, [5, 6, 7], 1)], model)
+    held = weakref.ref(runner.on_device(model))
+    assert held() is runner.on_device(model)
+    del model
+    gc.collect()
+    assert held() is None
+
+
 def test_the_maximal_coupling_keeps_the_laws_it_drew_from(rig_for, ids):
     """With a draft equal to its target nothing is ever rejected, in rounds of a device too."""
     rig = rig_for(**HERE, coupling="maximal", draft_vocab_size=0)
@@ -293,7 +561,7 @@ def test_what_crosses_to_the_device_arrives_unchanged():
     ]
     packed = torch.zeros(2, 20, dtype=torch.int32)
     for row, sampling in zip(packed, samplings, strict=True):
-        row[7:13] = torch.from_numpy(sampling_columns(sampling))
+        row[TOP_K:TABLE] = torch.from_numpy(sampling_columns(sampling))
     got = receive(packed)
     assert got.top_k.tolist() == [40, 0]
     assert got.temperature.tolist() == pytest.approx([0.7, 0.0])
@@ -314,11 +582,12 @@ def test_what_comes_back_is_what_was_packed(gamma, top_k):
     accepted, tokens = torch.tensor([0, gamma, 1]), torch.tensor([7, 8, 149_999])
     finite = torch.tensor([True, False, True])
     sent = Sent(gamma, top_k)
-    packed = sent.pack(accepted, tokens, finite, ~finite, drafts, logprobs, ids, values)
+    packed = sent.pack(accepted, tokens, finite, ~finite, accepted + 1, drafts, logprobs, ids, values)
     assert packed.shape == (batch, sent.width)
     landing = sent.unpack(packed.numpy())
     assert (landing.accepted, landing.tokens, landing.finite) == ([0, gamma, 1], [7, 8, 149_999], [1, 0, 1])
     assert landing.sound == [0, 1, 0]
+    assert landing.drafted == [1, gamma + 1, 2]
     assert landing.drafts == drafts.tolist()
     assert landing.draft_logprobs == logprobs.tolist()
     assert landing.topk_ids.reshape(-1).tolist() == ids.reshape(-1).tolist()

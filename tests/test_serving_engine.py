@@ -358,9 +358,9 @@ def test_serving_k4_a_round_reads_only_what_is_new(rig_for, ids):
     target_sizes: list[tuple[int, int]] = []
     run = engine.target.run
 
-    def noted(work, model=None, *, hidden=False):
+    def noted(work, model=None, **more):
         target_sizes.extend((item.num_logits, len(item.token_ids)) for item in work if item.start)
-        return run(work, model, hidden=hidden)
+        return run(work, model, **more)
 
     def check(step: int) -> None:
         if len(drafted) == len(items):

@@ -105,8 +105,8 @@ def feed(used: ModelRunner, texts: list[list[int]], tables: tuple[list[int], ...
                 work.append(Work(tables[i], done[i], texts[i][done[i] : done[i] + count], wanted))
                 done[i] += count
                 owners += [(i, done[i] - wanted + j) for j in range(wanted)]
-        output = used.run(work, hidden=True)
-        assert output.logits.shape[0] == output.hidden.shape[0] == len(owners)
+        output = used.run(work)
+        assert output.logits.shape[0] == len(owners)
         for (i, position), row in zip(owners, output.logits, strict=True):
             heard[i].append((position, row))
     return heard
@@ -130,6 +130,13 @@ def test_logits_are_those_of_transformers(name, tables, how):
             assert int(row.argmax()) == int(own[position].argmax())
 
 
+@torch.inference_mode()
+def _both(used: ModelRunner, work: Work) -> torch.Tensor:
+    """Logits and states of the wanted rows, side by side."""
+    states = used._states([work], used.model)
+    return torch.cat([used.model.lm_head(states).float(), states.float()], 1)
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama3 with biases", "heads of 32", "heads of 128"])
@@ -139,8 +146,7 @@ def test_states_are_the_same_bits_whatever_the_batch(name, dtype):
     texts = prompts(203, (80, 17, 16))
     forwards, expected = Forwards(), []
     for text in texts:
-        alone = runner(model, forwards).run([Work(list(range(1, 12)), 0, text, len(text))], hidden=True)
-        expected.append(torch.cat([alone.logits, alone.hidden.float()], 1))
+        expected.append(_both(runner(model, forwards), Work(list(range(1, 12)), 0, text, len(text))))
     for threads in (1, 3):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -152,8 +158,8 @@ def test_states_are_the_same_bits_whatever_the_batch(name, dtype):
                         assert torch.equal(row, own[position, : len(row)])
                 one_by_one = runner(model, forwards)
                 for position, token in enumerate(texts[0][:40]):
-                    heard = one_by_one.run([Work(tables[0], position, [token], 1)], hidden=True)
-                    assert torch.equal(torch.cat([heard.logits, heard.hidden.float()], 1)[0], expected[0][position])
+                    heard = _both(one_by_one, Work(tables[0], position, [token], 1))
+                    assert torch.equal(heard[0], expected[0][position])
         finally:
             torch.set_num_threads(before)
 
@@ -186,13 +192,14 @@ def test_a_long_batch_is_read_in_place_with_the_same_result(tables, monkeypatch)
             torch.testing.assert_close(row, own[position], atol=5e-5, rtol=0)
 
 
-def test_hidden_states_are_those_of_transformers():
-    """What a feature-level head would read is the normed last hidden state of the wanted rows."""
+def test_states_are_those_of_transformers():
+    """What the head reads is the normed last hidden state of the wanted rows."""
     model = build("qwen2")
     text = prompts(203, (20,))[0]
     expected = model.model(input_ids=torch.tensor([text]), use_cache=False).last_hidden_state[0, -3:]
-    output = runner(model, Forwards()).run([Work([1, 2, 3], 0, text, 3)], hidden=True)
-    torch.testing.assert_close(output.hidden, expected, atol=5e-5, rtol=0)
+    with torch.inference_mode():
+        states = runner(model, Forwards())._states([Work([1, 2, 3], 0, text, 3)], model)
+    torch.testing.assert_close(states, expected, atol=5e-5, rtol=0)
 
 
 @pytest.mark.skipif(not packing_works(), reason="this CPU has no bfloat16 instructions to pack for")

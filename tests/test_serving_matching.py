@@ -154,7 +154,7 @@ def test_a_round_costs_the_same_at_any_length(kind):
         past.ended(learned)
         item.tokens = tokens[:length]
         while past._waiting or not own._match(item):
-            past.committed(item, 0, Proposal(), 0, None)
+            past.committed(item, 0, Proposal(), 0)
 
         def forty_rounds(length: int = length) -> None:
             for i in range(40):
@@ -162,7 +162,7 @@ def test_a_round_costs_the_same_at_any_length(kind):
                 for proposer in (own, past):
                     proposer.offer(item, 4)
                     proposed = proposer.propose([item], [4])[0]
-                    proposer.committed(item, len(item.tokens) - 1, proposed, 0, None)
+                    proposer.committed(item, len(item.tokens) - 1, proposed, 0)
 
         costs.append(_lines(forty_rounds))
     assert 0 < costs[1] < 2 * costs[0]
@@ -219,7 +219,7 @@ def test_no_tenant_is_proposed_what_another_was_told(seed):
             proposed += len(tokens)
             assert all(token // 100 == who + 1 or token <= 3 for token in tokens)
         item.tokens += [100 * (who + 1) + generator.randrange(3), generator.randrange(1, 4)]
-        past.committed(item, 0, Proposal(), 0, None)
+        past.committed(item, 0, Proposal(), 0)
         if step % 11 == 10:
             past.ended(running.pop(name))
     assert proposed
@@ -234,7 +234,7 @@ def test_memory_is_bounded():
         )
         for proposer in (past, own):
             proposer.offer(item, 4)
-            proposer.committed(item, 2, Proposal(), 0, None)
+            proposer.committed(item, 2, Proposal(), 0)
             proposer.ended(item)
         trees = [tree for trees in past._tenants.values() for tree in trees]
         assert past.num_tokens == sum(len(tree.text.text) for tree in trees) <= 5000
@@ -266,7 +266,7 @@ def test_a_long_answer_is_learned_over_several_rounds():
     assert past.num_tokens < 500
     item = request("b", [1997, 1998], N)
     for _ in range(100):
-        past.committed(item, 0, Proposal(), 0, None)
+        past.committed(item, 0, Proposal(), 0)
     assert past.propose([item], [4])[0].tokens == [1999]
 
 

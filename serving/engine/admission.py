@@ -60,7 +60,8 @@ class Admission:
         return Sequence(
             request_id=message.request_id, tokens=list(message.token_ids), prompt_tokens=len(message.token_ids),
             max_tokens=message.max_tokens, sampling=message.sampling, end_tokens=end_tokens,
-            segment=message.segment, gamma=message.gamma, arrived_s=now_s, version=self._version(message.version),
+            segment=message.segment, tenant=message.tenant, learn=message.learn, gamma=message.gamma,
+            arrived_s=now_s, version=self._version(message.version),
             priority=message.priority, cache_salt=message.cache_salt, logprobs=message.logprobs,
             constraints=self._constraints(message, end_tokens),
         )  # fmt: skip

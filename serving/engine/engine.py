@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapter.contracts import FLOOR_VERSION, FinishReason, TokenLogprob
 from adapter.logs import get_logger
-from serving.engine.control.base import Controller, RoundReport, StepReport, StepShape
+from serving.engine.control.base import PLAIN, Controller, RoundReport, StepReport, StepShape
 from serving.engine.proposers.collection import Proposers
 from serving.engine.recorder import Recorder
 from serving.engine.rounds import Ask, Flight, Outcome, Round, Rounds
@@ -101,17 +101,16 @@ class Engine:
     def step(self) -> list[Delivery]:
         """Begin one round for every ready request, prefill for the others; return what is known of rounds begun."""
         begin = self._clock()
-        deliveries = [] if self._may_run_ahead() else self._land(begin)
-        begin = self._clock() if deliveries else begin
+        deliveries: list[Delivery] = []
+        if self._flight is not None and not self._may_run_ahead():
+            deliveries, begin = self._land(begin), self._clock()
         self._follow_registry()
         ahead = frozenset(() if self._flight is None else [item.request_id for item in self._flight.ask.ready])
-        plans = self.scheduler.next_batch(self._lookahead * (2 if ahead else 1))
-        ask = self._ask(plans)
+        ask = self._ask(self.scheduler.next_batch(self._lookahead * (2 if ahead else 1)))
         if ahead and not self._all_may_run_ahead(ask):
             deliveries += self._land(begin)  # some now need what only the host can do, so it must know where they are
-            ahead, plans = frozenset(), self.scheduler.next_batch(self._lookahead)
-            ask = self._ask(plans)
-        flight: Flight | None = self.rounds.launch(ask, ahead) if plans else None
+            begin, ahead, ask = self._clock(), frozenset(), self._fit(ask)
+        flight: Flight | None = self.rounds.launch(ask, ahead) if ask.plans else None
         deliveries += self._land(begin)
         self._flight = flight
         return deliveries + self._land(begin) if flight is not None and flight.landed else deliveries
@@ -131,21 +130,19 @@ class Engine:
         if flight is None or scheduler.waiting or (self.hotswap is not None and self.hotswap.waits):
             return False
         same = set(map(id, scheduler.running)) == set(map(id, flight.ask.ready))
-        return same and scheduler.has_room(2 * self._lookahead)
+        if not same or not all(self.rounds.under_way(request) for request in scheduler.running):
+            return False
+        return scheduler.has_room(2 * self._lookahead)
 
     def _all_may_run_ahead(self, ask: Ask) -> bool:
         rounds = zip(ask.ready, ask.choices, strict=True)
         return all(self.rounds.may_run_ahead(request, choice) for request, choice in rounds)
 
     def _ask(self, plans: list[Plan]) -> Ask:
-        """Choose how each ready request drafts."""
+        """Choose how each ready request drafts; asked once a step, as choosing counts, draws and remembers."""
         begin = self._clock()
         ready = [plan.sequence for plan in plans if plan.ready]
-        shape = StepShape(
-            prefill_tokens=sum(plan.num_new for plan in plans) - len(ready),
-            context_tokens=sum(len(request.tokens) for request in ready),
-            version=self.version,
-        )
+        shape = self._shape(plans)
         offers = self.proposers.offers(ready, self._lookahead - 1)
         choices = self.controller.choose(ready, offers, shape)
         now = self._clock()
@@ -153,6 +150,26 @@ class Engine:
             if plan.sequence.started_s is None:
                 plan.sequence.started_s = now
         return Ask(plans, choices, shape, self.recorder.top_k, now - begin)
+
+    def _fit(self, ask: Ask) -> Ask:
+        """Cut what was chosen to what there is, now that the step before has landed: some have ended, all went on."""
+        plans = self.scheduler.next_batch(self._lookahead)
+        ready = [plan.sequence for plan in plans if plan.ready]
+        chosen = dict(zip(map(id, ask.ready), ask.choices, strict=True))
+        choices = []
+        for request, offer in zip(ready, self.proposers.offers(ready, self._lookahead - 1), strict=True):
+            choice = chosen.get(id(request), PLAIN)
+            limit = offer[choice.proposer].num_tokens if choice.proposer in offer else 0
+            choices.append(replace(choice, gamma=min(choice.gamma, limit)))
+        return replace(ask, plans=plans, choices=choices, shape=self._shape(plans))
+
+    def _shape(self, plans: list[Plan]) -> StepShape:
+        ready = [plan.sequence for plan in plans if plan.ready]
+        return StepShape(
+            prefill_tokens=sum(plan.num_new for plan in plans) - len(ready),
+            context_tokens=sum(len(request.tokens) for request in ready),
+            version=self.version,
+        )
 
     def _land(self, begin: float) -> list[Delivery]:
         """Take in what came of the step in flight, if there is one; `begin` is when its time began to count."""
@@ -200,7 +217,7 @@ class Engine:
             request.constraints.commit(kept)
             if request.constraints.failed:
                 request.finish_reason = "error"
-        self.proposers.committed(request, before, item.proposal, item.num_accepted, item.hidden)
+        self.proposers.committed(request, before, item.proposal, item.num_accepted)
         request.count(item.proposal.version, len(item.proposal.tokens), item.num_accepted)
         if request.first_token_s is None:
             request.first_token_s = self._clock()
@@ -217,9 +234,10 @@ class Engine:
         self, ask: Ask, outcome: Outcome, rounds: list[Round], deliveries: list[Delivery], step_s: float
     ) -> None:  # fmt: skip
         """Tell the controller and the counters what the step cost and brought."""
+        tags = {id(request): choice.tag for request, choice in zip(ask.ready, ask.choices, strict=True)}
         reports = [
             RoundReport(item.request, item.proposal.proposer, len(item.proposal.tokens), item.num_accepted,
-                        len(delivery.token_ids))
+                        len(delivery.token_ids), tags.get(id(item.request)))
             for item, delivery in zip(rounds, deliveries, strict=True)
         ]  # fmt: skip
         drafted = sum(len(item.proposal.tokens) for item in rounds)

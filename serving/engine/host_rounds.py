@@ -57,6 +57,10 @@ class HostRounds:
         self.coupling = coupling
         self._clock = clock
 
+    def under_way(self, request: Sequence) -> bool:
+        """Say no: a round is over when `launch` returns."""
+        return False
+
     def may_run_ahead(self, request: Sequence, choice: Choice) -> bool:
         """Say no: a round starts from the tokens of the one before."""
         return False
@@ -77,7 +81,10 @@ class HostRounds:
         return Landed(ask, Outcome(rounds, broken, forwards, proposed - begin, judged - proposed))
 
     def _run_target(self, plans: list[Plan], proposals: list[Proposal]) -> tuple[TargetOutput, list[Sequence]]:
-        """Bring the target's cache up to date and get its logits at every drafted position of the ready requests."""
+        """Bring the target's cache up to date and get its logits at every drafted position of the ready requests.
+
+        The others whose prompt is broken are named, before anybody judges it.
+        """
         drafts = iter(proposals)
         work = []
         for plan in plans:
@@ -87,8 +94,10 @@ class HostRounds:
             drafted = next(drafts).tokens if plan.ready else []
             work.append(Work(request.block_table, start, tokens + drafted, len(drafted) + 1))
             request.num_target_kv = start + plan.num_new
-        output = self._target.run(work, hidden=self._proposers.want_hidden_states)
-        return (output, []) if all(plan.ready for plan in plans) else _without_prompts(plans, work, output)
+        prompts = [number for number, plan in enumerate(plans) if not plan.ready]
+        # The last row of a part has read all positions up to it, so it is broken if one of them is.
+        output = self._target.run(work, looked_at=prompts)
+        return output, [plans[number].sequence for number in output.broken]
 
     def _judge(self, logits: torch.Tensor, ready: list[Sequence], proposals: list[Proposal]) -> list[Round]:
         """Return the verdict on each ready request's proposal."""
@@ -113,26 +122,6 @@ class HostRounds:
         return _rounds(ready, proposals, verify_maximal(scaled, params, drafts, laws), rows, finite)
 
 
-def _without_prompts(
-    plans: list[Plan], work: list[Work], output: TargetOutput
-) -> tuple[TargetOutput, list[Sequence]]:  # fmt: skip
-    """Keep the rows of ready requests; name the others whose prompt is broken before anybody judges it.
-
-    The last row of a part has read all positions up to it, so it is broken if one of them is.
-    """
-    kept: list[int] = []
-    broken = []
-    row = 0
-    for plan, item in zip(plans, work, strict=True):
-        if plan.ready:
-            kept.extend(range(row, row + item.num_logits))
-        elif not bool(torch.isfinite(output.logits[row].amax())):
-            broken.append(plan.sequence)
-        row += item.num_logits
-    hidden = None if output.hidden is None else output.hidden[kept]
-    return TargetOutput(output.logits[kept], hidden), broken
-
-
 def _rounds(
     ready: list[Sequence], proposals: list[Proposal], verdicts: list[tuple[int, int]], rows: list[range],
     finite: list[bool],
@@ -145,15 +134,11 @@ def _rounds(
 
 def _record(rounds: list[Round], output: TargetOutput, top_k: int) -> None:
     """Add to each round what the target thought of the tokens it may add, all rows in one pass."""
-    if not top_k and output.hidden is None and all(item.request.logprobs is None for item in rounds):
+    if not top_k and all(item.request.logprobs is None for item in rounds):
         return
     starts = accumulate((len(item.proposal.tokens) + 1 for item in rounds), initial=0)
     begins = dict(zip(map(id, rounds), starts, strict=False))
     sound = [item for item in rounds if item.finite]
-    if output.hidden is not None:
-        for item in sound:
-            first = begins[id(item)]
-            item.hidden = output.hidden[first : first + len(item.proposal.tokens) + 1]
     for item in sound:
         if item.request.logprobs is not None:
             item.logprobs = token_logprobs(output.logits[begins[id(item)] :], item.tokens, item.request.logprobs)

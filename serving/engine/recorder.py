@@ -2,10 +2,16 @@
 
 Each committed token becomes a record: was it drafted, was the draft right, and what did the target
 think (top-k log-probs and tail mass).  Positions after the first rejection never reach this place.
+
+Rejections are always written down.  Of all other positions a share may be, each by a draw of its own that hangs
+on request and position alone, so that what is kept says nothing about its neighbours; the chance is written
+beside them and whoever adds up divides by it.  A position where nothing was drafted counts as not rejected: a
+draft was not wrong there, and there are as many of them as of accepted ones.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -13,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adapter import keys
 from adapter.contracts import (
@@ -80,7 +87,7 @@ class Recorder:
     def record(self, rounds: SequenceOf[Round], kept: SequenceOf[list[int]]) -> None:
         """Record a step; kept[i] are the tokens that were committed of rounds[i]."""
         for item, tokens in zip(rounds, kept, strict=True):
-            if item.top is not None and tokens:
+            if item.top is not None and tokens and item.request.learn:
                 self._append(item, len(tokens), item.top)
 
     def finish(self, request: Sequence, delivered_tokens: int, now_s: float) -> None:
@@ -134,9 +141,14 @@ class Recorder:
         entry = self._open.get(request.request_id)
         if entry is None or not entry.count:
             return
+        kept = self._kept(request, entry)
         last = entry.first + entry.count
+        versions = entry.versions[-1:]
+        self._open[request.request_id] = _Open(versions=[VersionSpan(last, item.version) for item in versions])
+        if not kept.any():
+            return
         begin = max(0, entry.first - self._settings.max_context_tokens)
-        ids, logprobs = np.concatenate(entry.topk_ids), np.concatenate(entry.topk_logprobs)
+        ids, logprobs = np.concatenate(entry.topk_ids)[kept], np.concatenate(entry.topk_logprobs)[kept]
         tail = 1.0 - np.exp(logprobs.astype("<f4")).sum(-1)
         self._publisher.offer(
             keys.BLOCKS,
@@ -145,12 +157,21 @@ class Recorder:
                 target_fingerprint=self._fingerprint, coupling=self._coupling, sampling=request.sampling,
                 prompt_tokens=request.prompt_tokens, first_position=begin, versions=tuple(entry.versions),
                 top_k=ids.shape[1], token_ids=np.array(request.tokens[begin:last], "<u4").tobytes(),
-                positions=np.arange(entry.first, last, dtype="<u4").tobytes(),
-                verdicts=bytes(entry.verdicts), draft_ids=np.array(entry.draft_ids, "<u4").tobytes(),
-                draft_logprobs=np.array(entry.draft_logprobs, "<f4").tobytes(), topk_ids=ids.tobytes(),
+                positions=np.arange(entry.first, last, dtype="<u4")[kept].tobytes(),
+                verdicts=np.array(entry.verdicts, "u1")[kept].tobytes(),
+                draft_ids=np.array(entry.draft_ids, "<u4")[kept].tobytes(),
+                draft_logprobs=np.array(entry.draft_logprobs, "<f4")[kept].tobytes(), topk_ids=ids.tobytes(),
                 topk_logprobs=logprobs.tobytes(), tail_mass=np.clip(tail, 0, 1).astype("<f4").tobytes(),
-                logged_at_s=self._clock(),
+                logged_at_s=self._clock(), tenant=request.tenant, keep_probability=self._settings.accepted_share,
             ),
         )  # fmt: skip
-        versions = entry.versions[-1:]
-        self._open[request.request_id] = _Open(versions=[VersionSpan(last, item.version) for item in versions])
+
+    def _kept(self, request: Sequence, entry: _Open) -> NDArray[np.bool_]:
+        """Say which of the open records are written down.  Shapes: result [count]."""
+        if self._settings.accepted_share >= 1:
+            return np.ones(entry.count, bool)
+        key = int.from_bytes(hashlib.sha256(request.request_id.encode()).digest()[:16], "little")
+        # position p has the p-th draw of its request, wherever a flush falls
+        drawn = np.random.Generator(np.random.Philox(key=key, counter=0)).random(entry.first + entry.count)
+        rejected = np.array(entry.verdicts, "u1") == Verdict.REJECTED
+        return rejected | (drawn[entry.first :] < self._settings.accepted_share)

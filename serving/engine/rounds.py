@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from adapter.contracts import TokenLogprob
 from serving.engine.control.base import Choice, StepShape
@@ -32,8 +31,7 @@ class Round:
     """One request's round: what was drafted, how much of it was accepted, and the target's own next token.
 
     `finite` is false where the target's logits were no numbers; the rest then means nothing.  `top` and
-    `logprobs` cover the accepted tokens and the next one, where they were asked for; `hidden`
-    [len(proposal.tokens) + 1, hidden_size] are the target's last states, where wanted.
+    `logprobs` cover the accepted tokens and the next one, where they were asked for.
     """
 
     request: Sequence
@@ -43,7 +41,6 @@ class Round:
     finite: bool = True
     top: TopTokens | None = None
     logprobs: list[TokenLogprob] | None = None
-    hidden: torch.Tensor | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -109,8 +106,11 @@ class Rounds(Protocol):
     def launch(self, ask: Ask, ahead: frozenset[str]) -> Flight:
         """Begin a step.  Requests in `ahead` are still in a flight that has not landed: their tokens lie behind."""
 
+    def under_way(self, request: Sequence) -> bool:
+        """Whether this request's round of the step begun last was left to the device, so that the next can follow."""
+
     def may_run_ahead(self, request: Sequence, choice: Choice) -> bool:
-        """Whether a round of this request can be begun before the one before it has landed."""
+        """Whether a round of this choice can be begun before the one under way has landed."""
 
     def ended(self, request: Sequence) -> None:
         """Forget a request."""

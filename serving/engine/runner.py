@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,10 +22,13 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TargetOutput:
-    """Logits [rows, vocab] float32 of the wanted rows; hidden [rows, hidden_size] when asked for."""
+    """Logits [rows, vocab] float32 of the scored rows.
+
+    `broken` are the works, by number, whose rows were only looked at and are no numbers.
+    """
 
     logits: torch.Tensor
-    hidden: torch.Tensor | None = None
+    broken: tuple[int, ...] = ()
 
 
 class Forwards:
@@ -89,7 +92,7 @@ class ModelRunner:
         self.model = model
         self.forwards = forwards or Forwards(lean=False, pack=False)
         self.positions = positions
-        self._on_device: WeakKeyDictionary[LeanLlama, DeviceLlama] = WeakKeyDictionary()
+        self._on_device: WeakKeyDictionary[Any, DeviceLlama] = WeakKeyDictionary()  # what it runs does not hold the key
         self.head: Callable[[torch.Tensor], torch.Tensor] | None = None  # scores instead of the model's own, where set
         self.use(model)
 
@@ -105,45 +108,83 @@ class ModelRunner:
         """
         return self.run(work, model).logits
 
+    def on_device(self, model: Any = None) -> DeviceLlama:
+        """Return the forward of a model, by default this one's, that is made for devices.
+
+        Raises:
+            SettingsError: it cannot be run so.
+        """
+        used = self.model if model is None else model
+        if used not in self._on_device:
+            lean = self.forwards.of(used)
+            if lean is None:
+                raise SettingsError(f"{lean_reason(used) or 'engine.lean is false'}; {ONLY_LEAN}")
+            self._on_device[used] = DeviceLlama(lean, self.pool, self.positions)
+        return self._on_device[used]
+
     @torch.inference_mode()
-    def run(self, work: list[Work], model: Any = None, *, hidden: bool = False) -> TargetOutput:
-        """Process the new tokens of every request; rows of the result follow the order of `work`."""
+    def run(self, work: list[Work], model: Any = None, *, looked_at: Collection[int] = ()) -> TargetOutput:
+        """Process the new tokens of every request; rows of the result follow the order of `work`.
+
+        The wanted rows of the works numbered in `looked_at` are not scored: all that is said of them is
+        whether they are numbers.
+        """
         if not work:
             return TargetOutput(torch.empty(0, 0))
-        if self.positions:
-            return self._run_on_device(work, self.model if model is None else model, hidden=hidden)
+        used = self.model if model is None else model
+        states = self._states_on_device(work, used) if self.positions else self._states(work, used)
+        states, broken = _apart(states, work, looked_at)
+        if not len(states):
+            return TargetOutput(torch.empty(0, 0), broken)
+        head = self.head if self.head is not None else used.lm_head
+        logits = head(states).float()
+        return TargetOutput(logits.cpu() if self.positions else logits, broken)
+
+    def _states(self, work: list[Work], model: Any) -> torch.Tensor:
+        """Return the normed states of the wanted rows, in the order of `work`.  Shapes: [rows, hidden_size]."""
         order = sorted(range(len(work)), key=lambda i: len(work[i].token_ids))
         rows = [Row(work[i].block_table, work[i].start, len(work[i].token_ids)) for i in order]
         tokens = torch.tensor([token for i in order for token in work[i].token_ids])
-        used = self.model if model is None else model
         wanted = _wanted(work, order)
-        lean = self.forwards.of(used)
-        if lean is not None:
-            states = lean.run(tokens, self.pool, rows, wanted)
-        else:
-            layout = build_layout(rows, self.pool.block_tokens, self.pool.dtype, self.pool.shared)
-            states = used.model(
-                input_ids=tokens[None], position_ids=layout.positions[None], use_cache=False, paged=(self.pool, layout)
-            ).last_hidden_state[0]
-            states = states if wanted is None else states[wanted]
-        head = self.head if self.head is not None else used.lm_head
-        return TargetOutput(head(states).float(), states if hidden else None)
-
-    def _run_on_device(self, work: list[Work], model: Any, *, hidden: bool) -> TargetOutput:
-        """Run where the weights are; logits come back to the host."""
         lean = self.forwards.of(model)
-        if lean is None:
-            raise SettingsError(f"{lean_reason(model) or 'engine.lean is false'}; {ONLY_LEAN}")
-        if lean not in self._on_device:
-            self._on_device[lean] = DeviceLlama(lean, self.pool, self.positions)
+        if lean is not None:
+            return lean.run(tokens, self.pool, rows, wanted)
+        layout = build_layout(rows, self.pool.block_tokens, self.pool.dtype, self.pool.shared)
+        states: torch.Tensor = model.model(
+            input_ids=tokens[None], position_ids=layout.positions[None], use_cache=False, paged=(self.pool, layout)
+        ).last_hidden_state[0]
+        return states if wanted is None else states[wanted]
+
+    def _states_on_device(self, work: list[Work], model: Any) -> torch.Tensor:
+        """Return the same where the weights are; nothing here waits for the device."""
+        layers = self.on_device(model)
         device = self.pool.keys[0].device
         tokens = torch.tensor([token for item in work for token in item.token_ids], device=device)
         wanted = _wanted(work, list(range(len(work))))
-        states = self._on_device[lean].states(
+        return layers.states(
             tokens, places_of(work, self.pool.block_tokens, device), None if wanted is None else wanted.to(device)
         )
-        head = self.head if self.head is not None else model.lm_head
-        return TargetOutput(head(states).float().cpu(), states.cpu() if hidden else None)
+
+
+def _apart(
+    states: torch.Tensor, work: list[Work], looked_at: Collection[int]
+) -> tuple[torch.Tensor, tuple[int, ...]]:  # fmt: skip
+    """Take wanted rows apart: return the states to score, and which of the works looked at have no numbers there."""
+    if not looked_at:
+        return states, ()
+    scored: list[int] = []
+    seen: list[int] = []
+    owners: list[int] = []
+    row = 0
+    for number, item in enumerate(work):
+        rows = range(row, row + item.num_logits)
+        (seen if number in looked_at else scored).extend(rows)
+        owners += [number] * len(rows) if number in looked_at else []
+        row += item.num_logits
+    sound = torch.isfinite(states[torch.tensor(seen, device=states.device)]).all(dim=1).tolist()
+    broken = {number for number, fine in zip(owners, sound, strict=True) if not fine}
+    kept = states[torch.tensor(scored, dtype=torch.long, device=states.device)]
+    return kept, tuple(sorted(broken))
 
 
 def _wanted(work: list[Work], order: list[int]) -> torch.Tensor | None:

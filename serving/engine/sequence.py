@@ -34,6 +34,8 @@ class Sequence:
     version: int | None = None  # the draft version it is pinned to
     priority: int = 0  # lower runs first
     cache_salt: str = ""
+    tenant: str = ""  # whose request it is, without a name
+    learn: bool = True  # whether it may be logged for training
     logprobs: int | None = None  # alternatives reported a token
     constraints: Constraints | None = None  # penalties, bias, grammar: whatever makes its law its own
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it was first admitted

@@ -11,52 +11,32 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from serving.engine.control.base import PLAIN, Choice, StepReport, StepShape
 from serving.engine.control.cost_model import CostModel
+from serving.engine.control.decision import Decision
 from serving.engine.control.explorer import Explorer
 from serving.engine.control.posterior import Beliefs, Kind
 from serving.engine.control.rest import Rest
 from serving.engine.control.search import OFF_RULE, Priced, price, price_matches
-from serving.engine.control.switchback import Step, Switchback
+from serving.engine.control.switchback import Mark, Step, Switchback
 from serving.engine.control.view import DRAFT, StepView, kind_of, own_choice
 from serving.engine.proposers.base import Offer
 from serving.engine.sequence import Sequence
 
 _GAMMA_RATE = 0.02
 _FADE_STEPS = 16
-
-REASONS = {
-    "speculate": "drafting up to {depth} tokens promises {best:.1f} tokens/s against {plain:.1f} without",
-    "kept": "{depth} tokens were the choice before, and no other promises {hysteresis:.0%} more than its {now:.1f} "
-    "tokens/s",
-    "matches": "only text matches are worth verifying: {now:.1f} tokens/s against {plain:.1f} without",
-    "off": "the best, {depth_best} tokens, promises {best:.1f} tokens/s: less than {off_rule:.0%} of the {plain:.1f} "
-    "without",
-    "off_matches": "the text matches at hand promise {now:.1f} tokens/s: less than {off_rule:.0%} of the {plain:.1f} "
-    "without",
-    "probe": "{best:.1f} tokens/s at best against {plain:.1f} without; one request drafts all the same, to learn",
-    "window": "a short window without speculation, to measure what it brings",
-    "bypass": "speculation was measured to be slower than none; it is tried again later",
-    "own": "every request named its own draft length, or switched speculation off",
-    "nothing": "nothing was chosen yet, or no proposer had anything to offer",
-}
+_LAST_ROUNDS = 2  # a request that fills its max_tokens in so few rounds, all of a draft accepted, is about to end
+_IDLE = ("off", "matches", "short", "backlog")  # the draft model does nothing, and will not soon
 
 
-@dataclass(slots=True)
-class Decision:
-    """The last choice, as numbers; words are made when somebody asks."""
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """What a choice was, for when its round is heard of: what the step was to measure, and the kind of the draft."""
 
-    reason: str = "nothing"
-    depth: int = 0
-    alternatives: list[float] = field(default_factory=list)  # tokens per second by depth
-    slots: list[int] = field(default_factory=list)
-    plain: float = 0.0
-    gammas: list[int] = field(default_factory=list)
-    batch: int = 0
+    mark: Mark
+    kind: Kind | None = None
 
 
 class AdaptiveController:
@@ -82,7 +62,6 @@ class AdaptiveController:
         self._hysteresis = hysteresis
         self._depth = 0
         self._version: int | None = None
-        self._kinds: dict[str, Kind] = {}  # of the proposal that runs now
         self._rest = Rest()
         self._faded_at = 0
 
@@ -98,7 +77,8 @@ class AdaptiveController:
             for request, offer in zip(requests, offers, strict=True)
         ]
         self.steps += 1
-        silent = self.switchback.plain_now(blocked=any(choice.gamma for choice in choices))
+        mark = self.switchback.begin_step(blocked=any(choice.gamma for choice in choices))
+        silent = mark.plain
         reason = silent or "nothing"
         if silent:
             self.decision = Decision(silent, batch=len(requests))
@@ -109,8 +89,7 @@ class AdaptiveController:
                 reason = self._match(requests, offers, shape, choices)
             else:
                 reason = self._decide(requests, offers, shape, choices)
-                idle = reason in ("off", "matches") and all(request.gamma is None for request in requests)
-                if idle:
+                if reason in _IDLE and all(request.gamma is None for request in requests):
                     self._rest.begin(ids)
                 else:
                     self._rest.end()
@@ -118,39 +97,44 @@ class AdaptiveController:
             reason = "own"
             self.decision = Decision(reason, batch=len(requests))
         # else it is the last round of a request, and what was decided before it is worth more to a reader
-        self._note(reason, requests, offers, choices)
-        return choices
+        self._count(reason, choices)
+        return [
+            replace(choice, tag=Tag(mark, _kind_of(request, offer, choice)))
+            for request, offer, choice in zip(requests, offers, choices, strict=True)
+        ]
 
     def observe(self, report: StepReport) -> None:
         """Learn from a step: acceptance, cost, and what speculation brought."""
-        gained = 0
+        gained, mark = 0, None
         for item in report.rounds:
             gained += item.num_kept
-            kind = self._kinds.get(item.request.request_id)
+            if not isinstance(item.tag, Tag):
+                continue
+            mark, kind = item.tag.mark, item.tag.kind
             if item.num_drafted and kind is not None and item.proposer == kind[2]:
                 self.beliefs.observe(item.request.request_id, kind, item.num_drafted, item.num_accepted)
         self.beliefs.renew()
         self.costs.observe(report)
         self.explorer.elapsed(report.step_s)
         batch = len(report.rounds)
-        if batch:
+        if mark is not None:  # else nobody gained anything, or another controller chose
             sampled = sum(item.request.sampling.temperature > 0 for item in report.rounds)
             plain_s, prefill_s = self.costs.plain_s(report.shape, batch, sampled)
             drafted = any(item.num_drafted for item in report.rounds)
-            self.switchback.observe(Step(report.step_s, plain_s, prefill_s, gained / batch, drafted))
+            self.switchback.observe(Step(report.step_s, plain_s, prefill_s, gained / batch, drafted), mark)
 
     def forget(self, request: Sequence) -> None:
         """Keep what a finished request taught about its kind, and nothing else of it."""
         self.beliefs.forget(request.request_id)
         self.explorer.forget(request.request_id)
         self._rest.end()
-        self._kinds.pop(request.request_id, None)
 
     def explain(self) -> dict[str, object]:
         """Return, in plain values of bounded size, what is known and why the last choice was made."""
         return {
             "controller": "adaptive", "steps": self.steps, "changes": self.changes,
-            "gamma_mean": round(self.gamma_mean, 4), "reasons": dict(self.reasons), "decision": self._explained(),
+            "gamma_mean": round(self.gamma_mean, 4), "reasons": dict(self.reasons),
+            "decision": self.decision.explain(self._hysteresis),
             "costs": self.costs.explain(), "beliefs": self.beliefs.explain(),
             "switchback": self.switchback.explain(), "exploration": self.explorer.explain(),
         }  # fmt: skip
@@ -188,7 +172,9 @@ class AdaptiveController:
         """Fill in the choices of the requests that leave it to the server, and return the reason."""
         view = StepView(self.beliefs, self.costs, requests, offers, shape, choices)
         priced = price(view.problem, self.costs)
-        reason, depth, num_slots = self._pick(priced)
+        nothing = len(priced.tokens_per_s) > 1 and not priced.tokens_per_s[1:].any()
+        short = nothing and self._end_soon(requests, offers)
+        reason, depth, num_slots = self._pick(priced, short)
         if depth:
             self._faded_at = self.steps  # what is drafted is observed
         if len(priced.tokens_per_s) > 1:  # else there was nothing to decide about the draft model
@@ -199,16 +185,19 @@ class AdaptiveController:
             if gamma:
                 choices[i] = Choice(DRAFT if drafted[i] else view.free_names[i], gamma)
         probe = self.explorer.pick(view.candidates(choices, priced.plain)) if not depth else None
+        if nothing and reason == "off":
+            reason = "short" if short else "backlog"
         if probe is not None:
             at = view.index(probe[0])
             choices[at] = Choice(probe[1], min(1 if probe[1] == DRAFT else 2, offers[at][probe[1]].num_tokens))
             reason = "probe"
-        self.decision = Decision(
-            reason, depth, priced.tokens_per_s.tolist(), priced.slots.tolist(), priced.plain, gammas, len(requests)
-        )
+        if reason != "short" or self.decision.reason == "nothing":  # what was decided before is worth more to a reader
+            self.decision = Decision(
+                reason, depth, priced.tokens_per_s.tolist(), priced.slots.tolist(), priced.plain, gammas, len(requests)
+            )
         return reason
 
-    def _pick(self, priced: Priced) -> tuple[str, int, int]:
+    def _pick(self, priced: Priced, short: bool) -> tuple[str, int, int]:
         """Apply the off rule and the hysteresis; return the reason, the depth and its slots.
 
         The draft model is switched on for `OFF_RULE` times what is possible without it, and stays on
@@ -223,7 +212,7 @@ class AdaptiveController:
         worth = best > 0 and rates[best] >= OFF_RULE * without
         if before and rates[before] >= without and rates[best] <= (1 + self._hysteresis) * rates[before]:
             return ("speculate" if before == best else "kept"), before, int(priced.slots[before])
-        if len(rates) == 1:
+        if len(rates) == 1 or short:
             return idle  # too few tokens are left to draft any: that says nothing about the depth in force
         if worth:
             self._set_depth(best)
@@ -235,42 +224,32 @@ class AdaptiveController:
             self.beliefs.fade(periods)
         return idle
 
+    def _end_soon(self, requests: list[Sequence], offers: list[dict[str, Offer]]) -> bool:
+        """Whether all that may draft end within a few rounds."""
+        left = [
+            request.max_tokens - request.num_generated
+            for request, offer in zip(requests, offers, strict=True) if request.gamma is None and DRAFT in offer
+        ]  # fmt: skip
+        return max(left, default=0) <= _LAST_ROUNDS * (self.beliefs.max_gamma + 1)
+
     def _set_depth(self, depth: int) -> None:
         self.changes += depth != self._depth
         self._depth = depth
 
     # -- telling -----------------------------------------------------------------------------
 
-    def _note(
-        self, reason: str, requests: list[Sequence], offers: list[dict[str, Offer]], choices: list[Choice]
-    ) -> None:
-        """Remember what will be reported on, and count."""
+    def _count(self, reason: str, choices: list[Choice]) -> None:
+        """Remember what will be reported on."""
         self.reasons[reason] += 1
-        total = 0
-        for request, offer, choice in zip(requests, offers, choices, strict=True):
-            if choice.gamma and choice.proposer is not None:
-                total += choice.gamma
-                self._kinds[request.request_id] = kind_of(request, choice.proposer, offer[choice.proposer])
-        self.gamma_mean += max(_GAMMA_RATE, 1 / self.steps) * (total / len(requests) - self.gamma_mean)
+        total = sum(choice.gamma for choice in choices if choice.proposer is not None)
+        self.gamma_mean += max(_GAMMA_RATE, 1 / self.steps) * (total / len(choices) - self.gamma_mean)
 
-    def _explained(self) -> dict[str, object]:
-        last = self.decision
-        rates = last.alternatives
-        drafted = len(rates) > 1  # else only matches were priced
-        best = int(np.argmax(rates[1:])) + 1 if drafted else 0
-        words = "off_matches" if last.reason == "off" and not drafted else last.reason
-        sentence = REASONS[words].format(
-            depth=last.depth, depth_best=best, best=rates[best] if rates else 0.0, plain=last.plain,
-            now=rates[last.depth] if rates else 0.0, hysteresis=self._hysteresis, off_rule=OFF_RULE,
-        )  # fmt: skip
-        alternatives = [
-            {"gamma": depth, "tokens_per_s": round(rate, 3), "drafted": slots}
-            for depth, (rate, slots) in enumerate(zip(rates, last.slots, strict=True))
-        ]
-        return {
-            "reason": last.reason, "sentence": sentence, "gamma": last.depth, "batch": last.batch,
-            "plain_tokens_per_s": round(last.plain, 3), "alternatives": alternatives, "gammas": last.gammas[:64],
-        }  # fmt: skip
+
+def _kind_of(request: Sequence, offers: dict[str, Offer], choice: Choice) -> Kind | None:
+    """Return the kind that a round's verdict will be about; None where nothing is drafted."""
+    if not choice.gamma or choice.proposer is None:
+        return None
+    return kind_of(request, choice.proposer, offers[choice.proposer])
 
 
 def adaptive(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from serving.engine.proposers.base import Offer
@@ -11,10 +11,15 @@ from serving.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How one request's next round is drafted; `proposer` None, or gamma 0, is plain decoding."""
+    """How one request's next round is drafted; `proposer` None, or gamma 0, is plain decoding.
+
+    `tag` is the controller's own note of what it meant.  It comes back with the round's report: by then the
+    controller may have chosen for the step after, so what it remembers is no longer about this one.
+    """
 
     proposer: str | None = None
     gamma: int = 0
+    tag: object = field(default=None, compare=False)
 
 
 PLAIN = Choice()
@@ -35,13 +40,17 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class RoundReport:
-    """What became of one request's round; `num_kept` tokens were added, fewer than accepted + 1 where it ended."""
+    """What became of one request's round; `num_kept` tokens were added, fewer than accepted + 1 where it ended.
+
+    `tag` is that of the choice.
+    """
 
     request: Sequence
     proposer: str | None
     num_drafted: int
     num_accepted: int
     num_kept: int
+    tag: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,10 @@ class Controller(Protocol):
     """Chooses how to draft."""
 
     def choose(self, requests: list[Sequence], offers: list[dict[str, Offer]], shape: StepShape) -> list[Choice]:
-        """Choose for each ready request; offers[i] names only proposers that can draft for it now."""
+        """Choose for each ready request, once a step; offers[i] names only proposers that can draft for it now.
+
+        The step before may not have been observed yet.
+        """
 
     def observe(self, report: StepReport) -> None:
         """Learn from a step."""

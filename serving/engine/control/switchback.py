@@ -6,8 +6,10 @@ and short enough that reading 8 tokens a request afterwards costs the draft abou
 32 steps on each side are free, as they run as they would anyway.  Batch and context differ between
 the sides: both are divided by what the cost table expects of a plain step there.
 
-The catching-up step after a window belongs to the switch and is on neither side.  Must not know how
-choices are made.  Used by `adaptive`.
+The catching-up step after a window belongs to the switch and is on neither side.
+
+What a step is, is settled when it is chosen (`begin_step`) and travels with it as a `Mark`: on a device the
+next step is chosen before this one is heard of.  Must not know how choices are made.  Used by `adaptive`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ SIDE_STEPS = 32
 _MIN_PAIRS = 5
 _KEEP_PAIRS = 64
 _MIN_SIDE = 8  # steps a side needs to be counted at all
+_LEAST_WINDOW = 4  # steps of a window that are heard of; of a step whose requests had all ended nobody hears
 _SUSPECT_GAP = 2 * SIDE_STEPS + 8  # steps between windows while speculation looks bad
 _VERDICT_PAIRS = 8
 _LOST_IN_A_ROW = 3
@@ -44,6 +47,24 @@ class Step:
     prefill_s: float
     tokens_each: float
     drafted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a step was chosen to be.
+
+    `phase` is "between" comparisons, in a plain "window", "settling" or "after" one, or in a "bypass";
+    `comparison` is the number of the one it belongs to; `era` counts how often measuring began anew.
+    """
+
+    phase: str
+    comparison: int
+    era: int
+
+    @property
+    def plain(self) -> str | None:
+        """Why the step must be plain, "window" or "bypass"; None where it need not be."""
+        return self.phase if self.phase in ("window", "bypass") else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +91,10 @@ class Switchback:
         self._before: list[Step] = []
         self._off: list[Step] = []
         self._after: list[Step] = []
-        self._phase = "between"  # between, window, settling, after
-        self._silent = False  # the step in progress is part of a bypass
+        self._phase = "between"  # of the step chosen last; see Mark
+        self._chosen = 0  # steps of the window chosen so far
+        self._comparison = 0
+        self._era = 0
         self._pairs: deque[float] = deque(maxlen=_KEEP_PAIRS)
         self.num_windows = 0
         self.window_steps = 0
@@ -81,47 +104,39 @@ class Switchback:
     def forget(self) -> None:
         """Start over: another draft is served, and what was measured was not about it."""
         self._pairs.clear()
-        self._on.clear()
+        self._begin_era()
         self._phase = "between"
         self.bypass = Bypass()
         self._wait = self._gap()
 
-    def plain_now(self, blocked: bool) -> str | None:
-        """Say why the coming step must be plain, "window" or "bypass", or None.
+    def begin_step(self, blocked: bool) -> Mark:
+        """Say what the coming step is to be; hand the answer back to `observe` when its outcome is known.
 
-        `blocked` means that it cannot be: a running request named its own draft length.
+        `blocked` means that it cannot be plain: a running request named its own draft length.
         """
-        self._silent = self.bypass.holds()
-        if self._silent:
-            return "bypass"
-        if not self._share:
-            return None
-        if blocked:
+        if self.bypass.holds():
+            return Mark("bypass", self._comparison, self._era)
+        if self._share and blocked:
             self._abandon()
-            return None
-        if self._phase == "between":
-            self._wait -= 1
-            if self._wait <= 0 and self._speculates():
-                self._before, self._off, self._after = list(self._on), [], []
-                self._phase = "window"
-                self.num_windows += 1
-        return "window" if self._phase == "window" else None
+        elif self._share:
+            self._advance()
+        return Mark(self._phase, self._comparison, self._era)
 
-    def observe(self, step: Step) -> None:
-        """Hear of a step in which at least one request decoded."""
-        if self._silent:
+    def observe(self, step: Step, mark: Mark) -> None:
+        """Hear of a step in which at least one request decoded, and what it was chosen to be."""
+        self.window_steps += mark.phase == "window"
+        if mark.phase == "bypass" or mark.era != self._era:
             return
-        if self._phase == "window":
+        current = mark.comparison == self._comparison
+        if mark.phase == "window" and current:
+            if not self._off:
+                self._before = list(self._on)
             self._off.append(step)
-            self.window_steps += 1
-            if len(self._off) >= WINDOW_STEPS:
-                self._phase = "settling"
-                self._on.clear()
-        elif self._phase == "settling":
-            self._phase = "after"
-        else:
+        elif mark.phase == "settling":
+            self._on.clear()
+        elif mark.phase in ("between", "after"):
             self._on.append(step)
-            if self._phase == "after":
+            if mark.phase == "after" and current and self._phase == "after":
                 self._after.append(step)
                 if len(self._after) >= SIDE_STEPS:
                     self._close()
@@ -147,6 +162,20 @@ class Switchback:
 
     # -- windows -----------------------------------------------------------------------------
 
+    def _advance(self) -> None:
+        """Go from the phase of the step before to that of the coming one; hearing of enough steps after ends it."""
+        if self._phase == "between":
+            self._wait -= 1
+            if self._wait <= 0 and self._speculates():
+                self._before, self._off, self._after = [], [], []
+                self._phase, self._chosen = "window", 1
+                self._comparison += 1
+                self.num_windows += 1
+        elif self._phase == "window" and self._chosen < WINDOW_STEPS:
+            self._chosen += 1
+        else:
+            self._phase = "settling" if self._phase == "window" else "after"
+
     def _close(self) -> None:
         """Make a pair of the window and its sides, and look whether speculation still pays."""
         self._phase = "between"
@@ -154,16 +183,22 @@ class Switchback:
         on_plain_s = sum(step.prefill_s + step.plain_s * step.tokens_each for step in on)
         off_plain_s = sum(step.prefill_s + step.plain_s for step in self._off)
         on_s, off_s = sum(step.seconds for step in on), sum(step.seconds for step in self._off)
-        if min(on_plain_s, off_plain_s, on_s, off_s) > 0:
+        if len(self._off) >= _LEAST_WINDOW and min(on_plain_s, off_plain_s, on_s, off_s) > 0:
             self._pairs.append(math.log(on_plain_s / on_s) + math.log(off_s / off_plain_s))
             if self.bypass.judge(self.estimate()):
                 self._pairs.clear()
-                self._on.clear()
+                self._begin_era()
         self._wait = self._gap()
+
+    def _begin_era(self) -> None:
+        """Let no step that was chosen until now be counted any more."""
+        self._on.clear()
+        self._era += 1
 
     def _abandon(self) -> None:
         if self._phase != "between":
             self._phase = "between"
+            self._comparison += 1
             self._wait = self._gap()
 
     def _gap(self) -> int:

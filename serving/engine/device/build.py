@@ -22,7 +22,7 @@ from serving.engine.runner import ModelRunner
 log = get_logger(__name__)
 
 MOST_RECORDED = 128  # tokens a position that the sampler's kernel can record
-_IN_FLIGHT = 3  # rounds a token's position may lie ahead of what the host knows, its own included
+_IN_FLIGHT = 2  # rounds a token's position may lie ahead of what the host knows: the one under way, and its own
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -86,14 +86,11 @@ def positions_of(engine: EngineShape) -> int:
 
 def device_rounds(
     engine: EngineShape, host: HostRounds, target: ModelRunner, proposers: Proposers, *, synthetic: float | None = None
-) -> DeviceRounds | HostRounds:
+) -> DeviceRounds:
     """Put together the rounds of an engine whose models lie on a device.
 
-    Drafters that read the target's hidden states need the host between two rounds: with one of these all
-    rounds stay with `host`.  `synthetic` is for benchmarks: drafted tokens are accepted with that chance.
+    `synthetic` is for benchmarks: drafted tokens are accepted with that chance.
     """
-    if proposers.want_hidden_states:
-        return host
     models = DeviceModels(target, proposers.draft, positions_of(engine), head_rows=engine.draft_vocab_size)
     sizes = Sizes(
         engine.max_batch, positions_of(engine), engine.block_tokens, engine.gamma_max,

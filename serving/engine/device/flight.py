@@ -23,7 +23,6 @@ class FlightOnDevice:
         self._waited = waited  # hears, in seconds, how long the host stood still for this step
         self.begun, self.drafted, self.verified = Mark(device), Mark(device), Mark(device)
         self.requests: list[Sequence] = []
-        self.gammas: list[int] = []
         self.tables: list[list[int]] = []  # as they were: who ends meanwhile has none any more
         self.proposer: DraftProposer | None = None
         self.version: int | None = None
@@ -68,7 +67,7 @@ class FlightOnDevice:
             self.proposer.note_broken(blocks, len(broken), self.version)
 
     def _round(self, landing: Landing, row: int, request: Sequence) -> Round:
-        gamma, accepted = self.gammas[row], landing.accepted[row]
+        gamma, accepted = landing.drafted[row], landing.accepted[row]
         proposal = Proposal()
         if gamma:
             proposal = Proposal(

@@ -74,6 +74,7 @@ class DeviceLlama:
     def states(self, tokens: torch.Tensor, places: Places, wanted: torch.Tensor | None = None) -> torch.Tensor:
         """Process new tokens and return the normed states of the wanted ones; None wants all.
 
+        Where no state is wanted it ends with the last layer's keys and values.
         Shapes: tokens [tokens] int64; wanted [rows] indices into them; result [rows, hidden].
         """
         lean, pool = self._lean, self._pool
@@ -90,6 +91,8 @@ class DeviceLlama:
                 layer.qkv(x), self._cos, self._sin, places.positions, places.slots, pool.keys[number],
                 pool.values[number], heads=lean.heads, norms=layer.head_norms,
             )  # fmt: skip
+            if number == last and wanted is not None and not len(wanted):
+                return residual[:0]  # keys and values are all that was asked for
             attended = dispatch.paged_attention(
                 query, pool.keys[number], pool.values[number], places.tables, places.starts, places.lengths,
                 layer.scaling, max_query=places.longest,

@@ -28,20 +28,21 @@ class DeviceModels:
     Args:
         proposer: the draft model's; None where nothing drafts.
         positions: how many positions a token may be at.
-        head_rows: the most tokens a trimmed vocabulary is expected to have.
+        head_rows: the most tokens a trimmed vocabulary is expected to have; one that has more moves to a new place,
+            and programs for that are made when it is first drafted with.
     """
 
     def __init__(
         self, target: ModelRunner, proposer: DraftProposer | None, positions: int, *, head_rows: int = 0
     ) -> None:  # fmt: skip
         self.device: torch.device = target.model.lm_head.weight.device
-        self.target = Model(DeviceLlama(_lean(target), target.pool, positions), Head(target.model.lm_head.weight))
+        self.target = Model(target.on_device(), Head(target.model.lm_head.weight))
         self.num_blocks = target.pool.num_blocks
         self.draft: Model | None = None
         self._proposer = proposer
         self._loaded: tuple[int, int] | None = None  # version and model whose weights lie in the fixed place
         self._trimmed: TrimmedHead | None = None
-        self._head_rows = head_rows
+        self._small: Head | None = None  # where trimmed heads lie
         self._places = 0  # how often a place for trimmed heads was made
         if proposer is None:
             return
@@ -49,13 +50,21 @@ class DeviceModels:
         self._live = LeanLlama(_own_layers(runner.model))
         self._layers = DeviceLlama(self._live, runner.pool, positions)
         self._full = Head(runner.model.lm_head.weight)
-        self._small: Head | None = None
         self.draft = Model(self._layers, self._full)
+        if head_rows:  # now, so that programs for it are made before anybody waits, whatever vocabulary is served first
+            self._make_place(head_rows)
 
     @property
     def head_place(self) -> int:
         """Which head the draft's programs read: 0 the full one, else the number of the place for trimmed ones."""
         return 0 if self._trimmed is None else self._places
+
+    @property
+    def heads(self) -> dict[int, Head]:
+        """The heads that drafts may be scored with, by place."""
+        if self._proposer is None:
+            return {}
+        return {0: self._full} | ({} if self._small is None else {self._places: self._small})
 
     @torch.inference_mode()
     def follow(self) -> None:
@@ -86,16 +95,10 @@ class DeviceModels:
             self._proposer.runner.run(work)
 
     def _fitted(self, head: TrimmedHead) -> Head:
-        """Copy a trimmed head into the fixed place for one; the place is made as large as the first that comes."""
-        if self._small is None or len(self._small.weight) < head.size:
-            hidden = head.weight.shape[1]
-            size = -(-max(head.size, self._head_rows) // 64) * 64
-            self._places += 1
-            weight = torch.zeros(size, hidden, dtype=head.weight.dtype, device=self.device)
-            self._small = Head(
-                weight, torch.empty_like(weight[:, 0]), torch.empty(size, dtype=torch.long, device=self.device)
-            )
+        """Copy a trimmed head into the fixed place for one, or into a new one where that is too small."""
         small = self._small
+        if small is None or len(small.weight) < head.size:
+            small = self._make_place(head.size)
         if small.bias is None or small.token_ids is None:
             raise RuntimeError("a trimmed head has a bias and token ids")
         small.weight[: head.size].copy_(head.weight)
@@ -104,6 +107,14 @@ class DeviceModels:
         small.token_ids.copy_(head.token_ids[-1].expand(len(small.token_ids)))
         small.token_ids[: head.size].copy_(head.token_ids)
         return small
+
+    def _make_place(self, rows: int) -> Head:
+        """Make a place for trimmed heads of so many rows; until one lies there it scores every token alike."""
+        size = -(-rows // 64) * 64
+        weight = self._full.weight.new_zeros(size, self._full.weight.shape[1])
+        self._small = Head(weight, weight.new_zeros(size), torch.zeros(size, dtype=torch.long, device=self.device))
+        self._places += 1
+        return self._small
 
 
 def _lean(runner: ModelRunner) -> LeanLlama:

@@ -4,13 +4,14 @@ draft:   read the last two tokens of every request, then draft token by token, e
 verify:  read the last token and the drafts with the target, judge all rows, move every request forward.
 
 A request's length and last tokens stay on the device, so the next round can begin before the host has heard
-of this one.  A program is made for one batch size, one draft length and one shape of the draft's head; a request
-that drafts less than the program stops being judged at its own length.
+of this one; for the same reason a draft is cut to what a request may still become here.  A program is made for one
+batch size and one draft length, its drafting half for one head of the draft; a request that drafts less than the
+program stops being judged at its own length.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import linear
@@ -108,15 +109,16 @@ class RoundProgram:
 
     # -- drafting ----------------------------------------------------------------------------
 
-    def draft(self) -> None:
-        """Fill in the drafts of the batch."""
+    def draft(self, head: Head | None = None) -> None:
+        """Fill in the drafts of the batch, scored by the draft model's own head or by another one for it."""
         if self._draft is None or not self._gamma:
             return
+        head = self._draft.head if head is None else head
         got = self._received()
         self._sound.fill_(True)
         states = self._read(got.last.reshape(-1), self._places(got, got.length - CATCH_UP, CATCH_UP), self._second)
         for number in range(self._gamma):
-            tokens = self._draw(self._draft.head(states), got, number)
+            tokens = self._draw(head, states, got, number)
             if number + 1 < self._gamma:
                 states = self._read(tokens, self._places(got, got.length + number, 1))
 
@@ -126,10 +128,9 @@ class RoundProgram:
             raise RuntimeError("this round has no draft model")
         return self._draft.layers.states(tokens.clamp_max(self._draft.rows - 1), places, wanted)
 
-    def _draw(self, logits: torch.Tensor, got: Received, number: int) -> torch.Tensor:
-        """Draw the next token of every request and note it.  Shapes: logits [batch, columns]; result [batch]."""
-        head = self._draft.head if self._draft is not None else None
-        ids = None if head is None else head.token_ids
+    def _draw(self, head: Head, states: torch.Tensor, got: Received, number: int) -> torch.Tensor:
+        """Draw the next token of every request and note it.  Shapes: states [batch, hidden]; result [batch]."""
+        logits, ids = head(states), head.token_ids
         if ids is None:
             logits = _fit(logits, self._vocab)
         params = _params(got, got.length + number, 1)
@@ -138,7 +139,7 @@ class RoundProgram:
         drawn = dispatch.draw(logits, params, purpose, borders=borders, token_ids=ids)
         self._drafts[:, number] = drawn.tokens
         self._logprobs[:, number] = drawn.logprobs
-        self._sound.logical_and_(drawn.finite)
+        self._sound.logical_and_(drawn.finite | (got.length + number > got.capacity))  # what that read is not its own
         if self._laws is not None:
             if ids is None:
                 self._laws[:, number] = logits
@@ -154,7 +155,10 @@ class RoundProgram:
         """Judge the drafts, move every request forward and pack what came of it."""
         got, rows = self._received(), self._gamma + 1
         tokens = torch.cat((got.last[:, 1:], self._drafts), dim=1)
-        states = self._target.layers.states(tokens.reshape(-1), self._places(got, got.length - 1, rows))
+        places = self._places(got, got.length - 1, rows)
+        states = self._target.layers.states(tokens.reshape(-1), places)
+        # Past its blocks a request reads what lies in others': no number there may be held against it.
+        states = states.masked_fill((places.slots < 0)[:, None], 0.0)
         logits = _fit(self._target.head(states), self._vocab)
         params = _params(got, got.length, rows)
         number = torch.arange(rows, device=tokens.device)
@@ -174,7 +178,7 @@ class RoundProgram:
         self._known.last[got.slot] = torch.cat((before, verdicts.tokens[:, None]), dim=1)
         self.output.copy_(
             self.sent.pack(
-                accepted, verdicts.tokens, verdicts.finite, self._sound, self._drafts, self._logprobs,
+                accepted, verdicts.tokens, verdicts.finite, self._sound, got.gamma, self._drafts, self._logprobs,
                 verdicts.topk_ids, verdicts.topk_logprobs,
             )
         )  # fmt: skip
@@ -185,7 +189,7 @@ class RoundProgram:
         params = _params(got, got.length, rows)
         lots = uniform(params.seeds, params.positions, Purpose.ACCEPT).view(self._batch, rows)
         number = torch.arange(rows, device=lots.device)
-        kept = (lots < self._synthetic) & (number < got.gamma[:, None]) & (number < self._gamma)
+        kept = (lots < self._synthetic) & (number < got.gamma[:, None])
         return kept.long().cumprod(dim=1).sum(dim=1)
 
     # -- shared ------------------------------------------------------------------------------
@@ -195,7 +199,8 @@ class RoundProgram:
         got = receive(self.input)
         length = torch.where(got.fresh, got.length, self._known.length[got.slot])
         last = torch.where(got.fresh[:, None], got.last, self._known.last[got.slot])
-        return _replaced(got, length, last)
+        room = (got.limit - length - 1).clamp_min(0)
+        return replace(got, length=length, last=last, gamma=torch.minimum(got.gamma, room).clamp_max(self._gamma))
 
     def _places(self, got: Received, first: torch.Tensor, rows: int) -> Places:
         """Lay out `rows` new tokens of every request from position `first`; those without a block are not written."""
@@ -205,13 +210,6 @@ class RoundProgram:
         slots = slots.masked_fill(positions >= got.capacity[:, None], -1)
         lengths = (first + rows).int()
         return Places(positions.reshape(-1), slots.reshape(-1), got.tables, self._starts[rows], lengths, rows)
-
-
-def _replaced(got: Received, length: torch.Tensor, last: torch.Tensor) -> Received:
-    return Received(
-        got.fresh, length, last, got.capacity, got.gamma, got.slot, got.top_k, got.temperature, got.top_p, got.min_p,
-        got.seeds, got.tables,
-    )  # fmt: skip
 
 
 def _params(got: Received, first: torch.Tensor, rows: int) -> RowParams:

@@ -1,15 +1,20 @@
-"""The rounds an engine runs on its device, one for each shape of a step, captured where that can be done."""
+"""The rounds an engine runs on its device, one for each shape of a step, captured where that can be done.
+
+Made once for the whole deployment: called by `device.rounds`, warmed before serving.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from serving.engine.device.graphs import Captured
 from serving.engine.device.models import DeviceModels
-from serving.engine.device.program import CATCH_UP, Known, RoundProgram
+from serving.engine.device.program import CATCH_UP, Head, Known, RoundProgram
 from serving.engine.device.wire import FRESH, LENGTH, SLOT
 
 GAMMAS = (0, 1, 2, 3, 4, 6, 8, 12, 16)  # lengths programs are made for; a draft of another length runs the next one
@@ -40,13 +45,22 @@ class Sizes:
         return sorted({*(gamma for gamma in GAMMAS if gamma < self.gamma_max), self.gamma_max})
 
 
-@dataclass(frozen=True, slots=True)
 class CapturedRound:
-    """A round program with both of its halves ready to be begun; `draft` is None where nothing is drafted."""
+    """A round program with both of its halves ready to be begun; its draft once for each head that scores drafts."""
 
-    program: RoundProgram
-    draft: Captured | None
-    verify: Captured
+    def __init__(self, program: RoundProgram, capture: Callable[[Callable[[], None]], Captured]) -> None:
+        self.program = program
+        self._capture = capture
+        self.drafts: dict[int, Captured] = {}  # by the place of the head
+        self.verify = capture(program.verify)
+
+    def draft(self, place: int, heads: Mapping[int, Head]) -> Captured:
+        """Return the half that drafts with the head in a place, made now where it was never needed before."""
+        if place not in self.drafts:
+            for stale in self.drafts.keys() - heads.keys():
+                del self.drafts[stale]  # it reads a head that has moved
+            self.drafts[place] = self._capture(partial(self.program.draft, heads[place]))
+        return self.drafts[place]
 
 
 def buckets(max_batch: int) -> list[int]:
@@ -73,7 +87,7 @@ class Programs:
         self._maximal = maximal
         self._synthetic = synthetic
         self._buckets = buckets(sizes.max_batch)
-        self._made: dict[tuple[int, int, int, int], CapturedRound] = {}
+        self._made: dict[tuple[int, int, int], CapturedRound] = {}
         self._pool = torch.cuda.graph_pool_handle() if models.device.type == "cuda" else None
         self._laws: torch.Tensor | None = None
         if maximal and models.draft is not None:  # one place for all programs: they run one after the other
@@ -88,20 +102,23 @@ class Programs:
         """Return the program for a batch and a draft length, made now where it was never needed before."""
         size = next(item for item in self._buckets if item >= batch)
         length = next(item for item in self.sizes.gammas if item >= gamma)
-        key = (size, length, top_k, self._models.head_place)
+        key = (size, length, top_k)
         if key not in self._made:
-            for stale in [item for item in self._made if item[3] not in (0, key[3])]:
-                del self._made[stale]  # they read a head that has moved
             self._made[key] = self._make(size, length, top_k)
         return self._made[key]
 
     def warm(self, top_k: int, batches: SequenceOf[int] = ()) -> None:
-        """Make the programs of these batch sizes, or of all, largest first: so that nobody waits for them later."""
+        """Make the programs of these batch sizes, or of all, largest first: so that nobody waits for them later.
+
+        Drafts are made for every head there is a place for, as a vocabulary may be published at any time.
+        """
         wanted = {next(item for item in self._buckets if item >= batch) for batch in batches} or set(self._buckets)
         gammas = self.sizes.gammas if self._models.draft is not None else [0]
         for size in sorted(wanted, reverse=True):
             for gamma in reversed(gammas):
-                self.get(size, gamma, top_k)
+                made = self.get(size, gamma, top_k)
+                for place in self._models.heads if gamma else ():
+                    made.draft(place, self._models.heads)
 
     def _make(self, size: int, gamma: int, top_k: int) -> CapturedRound:
         sizes, device = self.sizes, self._models.device
@@ -113,5 +130,4 @@ class Programs:
         # Whatever a capture runs, it runs for nobody.
         columns = torch.tensor([1, CATCH_UP, sizes.max_batch], dtype=torch.int32).to(device)
         made.input[:, [FRESH, LENGTH, SLOT]] = columns
-        draft = Captured(made.draft, device, self._pool) if gamma else None
-        return CapturedRound(made, draft, Captured(made.verify, device, self._pool))
+        return CapturedRound(made, lambda run: Captured(run, device, self._pool))

@@ -7,10 +7,12 @@ two stages (constraints, text matches, log-probs for a client, a pinned draft ve
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
+from adapter.logs import get_logger
 from serving.engine.control.base import Choice
 from serving.engine.device.flight import FlightOnDevice
 from serving.engine.device.graphs import Inbox, Outbox
@@ -24,6 +26,7 @@ from serving.engine.device.wire import (
     GAMMA,
     LAST,
     LENGTH,
+    LIMIT,
     SLOT,
     TABLE,
     TOP_K,
@@ -36,6 +39,8 @@ from serving.engine.runner import ModelRunner
 from serving.engine.scheduler import Plan
 from serving.engine.sequence import Sequence
 from serving.engine.work import Work
+
+log = get_logger(__name__)
 
 
 class DeviceRounds:
@@ -61,6 +66,8 @@ class DeviceRounds:
         self.sizes = sizes
         self._catch_up_tokens = catch_up_tokens
         self.waited_s = 0.0  # for steps to land
+        positions = 0 if proposer is None else int(proposer.runner.model.config.max_position_embeddings)
+        self._draft_limit = positions + 1  # as long as a full acceptance may make a request that the draft drafts for
         device = models.device
         self._device = device
         known = Known.empty(sizes.max_batch, device)
@@ -74,12 +81,16 @@ class DeviceRounds:
         self._samplings: dict[str, np.ndarray] = {}
         self._begun: dict[str, int] = {}  # whose last round was begun here, and how much it drafted
 
+    def under_way(self, request: Sequence) -> bool:
+        """Whether this request's last round was begun here; one that the host ran needs the host to commit it."""
+        return request.request_id in self._begun
+
     def may_run_ahead(self, request: Sequence, choice: Choice) -> bool:
         """Whether a next round can begin on what the device knows: nothing of it is for the host to do."""
-        before = self._begun.get(request.request_id)
-        if before is None or not self._here(request, choice):
+        if not self.under_way(request) or not self._here(request, choice):
             return False
-        return bool(before or not choice.gamma)  # a draft model that rested lacks tokens which the host alone has
+        rested = not self._begun[request.request_id]  # then the draft model lacks tokens which the host alone has
+        return not (rested and choice.gamma)
 
     def launch(self, ask: Ask, ahead: frozenset[str] = frozenset()) -> FlightOnDevice:
         """Begin a step; prompts, and what only the host can run, are done when this returns."""
@@ -100,8 +111,10 @@ class DeviceRounds:
 
     def warm(self, top_k: int, batches: SequenceOf[int] = ()) -> None:
         """Make the programs of these batch sizes, or of all, before anybody waits for them."""
+        begin = time.perf_counter()
         self.models.follow()
         self.programs.warm(top_k, batches)
+        log.info("graphs_captured", programs=len(self.programs), seconds=round(time.perf_counter() - begin, 1))
 
     def ended(self, request: Sequence) -> None:
         """Forget a request; its slot is written anew before anybody reads it again."""
@@ -150,18 +163,19 @@ class DeviceRounds:
         longest = max(gammas)
         flight.proposer = self._proposer
         captured = self.programs.get(len(requests), longest, top_k)
+        draft = captured.draft(self.models.head_place, self.models.heads) if longest else None
         self._write(requests, gammas, ahead, len(captured.program.input))
         flight.begun.set()
         self._outbox.send(captured.program.input)
         flight.version = self._proposer.version if self._proposer is not None else None
-        if longest and captured.draft is not None:
-            captured.draft()
+        if draft is not None:
+            draft()
             live = len(requests)
             flight.draft_forwards.extend([CATCH_UP * live] + [live] * (captured.program.sent.gamma - 1))
         flight.drafted.set()
         captured.verify()
         flight.verified.set()
-        flight.requests, flight.gammas, flight.sent = requests, gammas, captured.program.sent
+        flight.requests, flight.sent = requests, captured.program.sent
         flight.tables = [list(request.block_table) for request in requests]
         flight.fetch = self._inbox.fetch(captured.program.output)
         self._begun = {item.request_id: gamma for item, gamma in zip(requests, gammas, strict=True)}
@@ -203,6 +217,7 @@ class DeviceRounds:
             row[LENGTH] = len(tokens)
             row[BEFORE_LAST], row[LAST] = tokens[-2], tokens[-1]
             row[CAPACITY] = len(table) * self.sizes.block_tokens
+            row[LIMIT] = min(request.prompt_tokens + request.max_tokens, self._draft_limit)
             row[GAMMA] = gamma
             row[SLOT] = self._slot(request, requests)
             row[TOP_K:TABLE] = self._sampling(request)

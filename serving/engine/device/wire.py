@@ -14,9 +14,9 @@ import torch
 from adapter.contracts import Sampling
 
 # Columns of the array that goes out; the block table follows.
-FRESH, LENGTH, BEFORE_LAST, LAST, CAPACITY, GAMMA, SLOT, TOP_K = range(8)
-TEMPERATURE, TOP_P, MIN_P, SEED_LOW, SEED_HIGH = range(8, 13)
-TABLE = 13
+FRESH, LENGTH, BEFORE_LAST, LAST, CAPACITY, LIMIT, GAMMA, SLOT, TOP_K = range(9)
+TEMPERATURE, TOP_P, MIN_P, SEED_LOW, SEED_HIGH = range(9, 14)
+TABLE = 14
 
 
 def sampling_columns(sampling: Sampling) -> np.ndarray:
@@ -31,13 +31,15 @@ class Received:
     """A step's input as tensors.
 
     Shapes: all [batch] but `last` [batch, 2], the last two committed tokens, and `tables` [batch, width].
-    Where `fresh` is not set, length and last tokens are those the device knows.
+    Where `fresh` is not set, length and last tokens are those the device knows.  `limit` is the longest a request
+    may become by a draft: gamma is cut to it, by the length the device knows.
     """
 
     fresh: torch.Tensor
     length: torch.Tensor
     last: torch.Tensor
     capacity: torch.Tensor
+    limit: torch.Tensor
     gamma: torch.Tensor
     slot: torch.Tensor
     top_k: torch.Tensor
@@ -53,11 +55,15 @@ def receive(packed: torch.Tensor) -> Received:
     reals = packed[:, TEMPERATURE : MIN_P + 1].contiguous().view(torch.float32)
     return Received(
         fresh=packed[:, FRESH] != 0, length=packed[:, LENGTH].long(), last=packed[:, BEFORE_LAST : LAST + 1].long(),
-        capacity=packed[:, CAPACITY].long(), gamma=packed[:, GAMMA], slot=packed[:, SLOT].long(),
-        top_k=packed[:, TOP_K].long(), temperature=reals[:, 0], top_p=reals[:, 1], min_p=reals[:, 2],
+        capacity=packed[:, CAPACITY].long(), limit=packed[:, LIMIT].long(), gamma=packed[:, GAMMA].long(),
+        slot=packed[:, SLOT].long(), top_k=packed[:, TOP_K].long(),
+        temperature=reals[:, 0], top_p=reals[:, 1], min_p=reals[:, 2],
         seeds=(packed[:, SEED_HIGH].long() << 32) | (packed[:, SEED_LOW].long() & 0xFFFFFFFF),
         tables=packed[:, TABLE:].contiguous(),
     )  # fmt: skip
+
+
+_FIGURES = 5  # columns of the output that are one number a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +77,21 @@ class Sent:
     def width(self) -> int:
         """How many columns there are."""
         rows = self.gamma + 1
-        return 4 + 2 * self.gamma + 2 * rows * self.top_k
+        return _FIGURES + 2 * self.gamma + 2 * rows * self.top_k
 
     def pack(
         self, accepted: torch.Tensor, tokens: torch.Tensor, finite: torch.Tensor, sound: torch.Tensor,
-        drafts: torch.Tensor, draft_logprobs: torch.Tensor, topk_ids: torch.Tensor | None,
+        drafted: torch.Tensor, drafts: torch.Tensor, draft_logprobs: torch.Tensor, topk_ids: torch.Tensor | None,
         topk_logprobs: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         """Put the results of a step into one array.
 
-        Shapes: accepted, tokens, finite (the target's logits are numbers) and sound (the draft's are) [batch];
-        drafts and draft_logprobs [batch, gamma]; the top k [batch * (gamma + 1), k]; result [batch, width] int32.
+        Shapes: accepted, tokens, finite (the target's logits are numbers), sound (the draft's are) and drafted (how
+        many were judged) [batch]; drafts and draft_logprobs [batch, gamma]; the top k [batch * (gamma + 1), k];
+        result [batch, width] int32.
         """
         batch = len(accepted)
-        parts = [item[:, None].int() for item in (accepted, tokens, finite, sound)] + [drafts.int()]
+        parts = [item[:, None].int() for item in (accepted, tokens, finite, sound, drafted)] + [drafts.int()]
         parts.append(draft_logprobs.float().view(torch.int32))
         if topk_ids is not None and topk_logprobs is not None:
             parts += [topk_ids.reshape(batch, -1).int(), topk_logprobs.float().view(torch.int32).reshape(batch, -1)]
@@ -93,11 +100,12 @@ class Sent:
     def unpack(self, packed: np.ndarray) -> Landing:
         """Read what `pack` wrote."""
         gamma, rows = self.gamma, self.gamma + 1
-        ends = np.cumsum([4, gamma, gamma, rows * self.top_k, rows * self.top_k])
+        ends = np.cumsum([_FIGURES, gamma, gamma, rows * self.top_k, rows * self.top_k])
         drafts, logprobs, ids, values = (packed[:, a:b] for a, b in pairwise(ends))
         batch = len(packed)
+        accepted, tokens, finite, sound, drafted = packed[:, :_FIGURES].T.tolist()
         return Landing(
-            packed[:, 0].tolist(), packed[:, 1].tolist(), packed[:, 2].tolist(), packed[:, 3].tolist(), drafts.tolist(),
+            accepted, tokens, finite, sound, drafted, drafts.tolist(),
             np.ascontiguousarray(logprobs).view(np.float32).tolist(),
             np.ascontiguousarray(ids).view("<u4").reshape(batch, rows, self.top_k),
             np.ascontiguousarray(values).view(np.float32).astype("<f2").reshape(batch, rows, self.top_k),
@@ -112,6 +120,7 @@ class Landing:
     tokens: list[int]
     finite: list[int]
     sound: list[int]
+    drafted: list[int]
     drafts: list[list[int]]
     draft_logprobs: list[list[float]]
     topk_ids: np.ndarray
