@@ -3,20 +3,20 @@
 Targets: SmolLM2-135M-Instruct widened 1, 4 and 8 times with the shipped draft (what it says is unchanged, what it
 costs grows with the square), where its folder is given; and random weights of an 8B model's shape with a draft of
 half a billion, drafted tokens accepted by lot.  Also what hundred swaps and logging cost a running batch, and the
-host's share of a step.  Needs torch, triton, transformers, peft, safetensors and numpy alone.
+host's share of a step.  CONTRIBUTING.md has the libraries it needs.  On the CPU shapes are tiny, and figures mean
+nothing: that tries the program.
 
-    python -m bench.gpu --json FILE [--target FOLDER] [--minutes 6] [--device cuda]
+    python -m bench.gpu [--json FILE] [--target FOLDER] [--minutes 6] [--device cuda]
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,22 @@ from typing import Any
 import torch
 
 from adapter.contracts import DraftsmithError, SettingsError
+from bench import result_file
 from bench.budget import Budget, Cell
 from bench.driver import Load, Window, steady
 from bench.environment import command, environment
 from bench.gpu_effects import logging_cost, swaps_under_load
 from bench.gpu_engine import Contender, EngineShape
 from bench.gpu_library import LIBRARY_ARMS, compare_greedy, run_library
-from bench.gpu_models import LARGE, SMALL, PairOnDevice, random_pair, widened
+from bench.gpu_models import LARGE, SMALL, TINY_LARGE, TINY_SMALL, PairOnDevice, check_target, random_pair, widened
+from bench.gpu_ratios import ARMS, failures, ratios, table
 from bench.rows import Key
 from bench.workloads import prompts
 
-ARMS = ("none", "fixed-1", "fixed-3", "fixed-5", "adaptive")
 SEED = 20261122
 PROMPT_TOKENS = 256
+
+Keep = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,46 +59,80 @@ class Options:
     small: dict[str, int] | None = None
 
 
-def measure(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run every target in turn and return the result.
+def options_for(target: Path | None, device: str, minutes: float) -> Options:
+    """Return what is measured on a device: everything on a GPU, on the CPU as little as touches every part."""
+    if device != "cpu":
+        return Options(target=target, device=device, minutes=minutes)
+    return Options(
+        target=target, device=device, minutes=minutes, widen=(1,), batches=(1, 4), acceptances=(0.6,), tokens=12,
+        repeats=2, swaps=4, large=TINY_LARGE, small=TINY_SMALL,
+    )  # fmt: skip
+
+
+def measure(options: Options, say: Callable[[str], None], keep: Keep = lambda _result: None) -> dict[str, Any]:
+    """Run every target in turn and return the result; `keep` gets it after each.
+
+    Once the minutes are over nothing more is begun; what was not is in `left_out`.
 
     Raises:
-        SettingsError: there is no such device.
+        SettingsError: there is no such device, or no such target.
     """
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("bench.gpu needs a CUDA device; PyTorch finds none here")
-    where = environment()
-    budget = Budget(options.minutes * 60, {name: weight for name, weight, _ in _targets(options, device)}, say)
+    end_s = time.monotonic() + 60 * options.minutes
+    device = _device(options.device)
+    if options.target is None:
+        say("without --target random weights are all that is measured")
+    else:
+        check_target(options.target)
+    targets = _targets(options, device)
+    budget = Budget(options.minutes * 60, {name: weight for name, weight, _ in targets}, say)
     rows: list[dict[str, Any]] = []
-    effects: dict[str, Any] = {}
-    for name, _, build in _targets(options, device):
-        until_s = budget.share(name)
+    effects: dict[str, dict[str, Any]] = {}
+    result = {
+        "what": "tokens a second of full batches that decode, all requests together; median of the repeats",
+        "tokens": options.tokens, "prompt_tokens": PROMPT_TOKENS, "rows": rows, "ratios": [],
+        "effects": effects, "phases": budget.phases, "no_target": options.target is None,
+    } | environment()  # fmt: skip
+    for name, _, build in targets:
+        until_s, effects[name] = budget.share(name), {"left_out": {}}
         try:
-            found, effects[name] = _one(options, name, build, budget, until_s)
-            rows += found
+            if not rows or time.monotonic() < end_s:
+                _one(options, name, build, budget, min(until_s, end_s), end_s, rows, effects[name])
+            else:
+                effects[name]["left_out"]["the target"] = "time"
         except Exception as error:  # one target that fails must not take the others' figures with it
-            effects[name] = {"failed": f"{type(error).__name__}: {error!s:.500}"}
-            budget.phases.setdefault(name, {"repeats": 0, "seconds": 0.0})
+            effects[name]["failed"] = f"{type(error).__name__}: {error!s:.500}"
             say(f"{name}: {effects[name]['failed']}")
+        budget.phases.setdefault(name, {"repeats": 0, "seconds": 0.0})
+        result["ratios"] = ratios(rows)
+        keep(result)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return {
-        "what": "tokens a second of full batches that decode, all requests together; median of the repeats",
-        "tokens": options.tokens, "prompt_tokens": PROMPT_TOKENS, "rows": rows, "ratios": ratios(rows),
-        "effects": effects, "phases": budget.phases, "no_target": options.target is None,
-    } | where  # fmt: skip
+    return result
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SettingsError("bench.gpu needs a CUDA device; PyTorch finds none here")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise SettingsError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0 on")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
 
 
 def _one(
-    options: Options, name: str, build: Build, budget: Budget, until_s: float
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
-    """Measure one target: its rows, and what else happens to a running batch."""
+    options: Options, name: str, build: Build, budget: Budget, until_s: float, end_s: float,
+    rows: list[dict[str, Any]], effects: dict[str, Any],
+) -> None:  # fmt: skip
+    """Measure one target: add its rows, and what else happens to a running batch; what is there stays if it fails."""
     pair, acceptance = build()
-    bench = _Bench(options, pair, acceptance)
+    bench = _Bench(options, pair, acceptance, end_s, effects["left_out"])
     found = budget.run(name, bench.groups(), options.repeats, until_s)
-    return [row.report() | {"synthetic_acceptance": acceptance} for row in found], bench.effects(until_s)
+    rows += [row.report() | {"synthetic_acceptance": acceptance} for row in found]
+    bench.effects(effects)
 
 
 Build = Callable[[], tuple[PairOnDevice, float | None]]
@@ -109,28 +146,33 @@ def _targets(options: Options, device: torch.device) -> list[tuple[str, float, B
         for times in options.widen:
             made.append((f"widened-{times}", 1.0, lambda times=times: (widened(folder, times, device), None)))  # type: ignore[misc]
     large, small = options.large or LARGE, options.small or SMALL
+    kind = "8b" if large == LARGE else "tiny"
     for chance in options.acceptances:
-        made.append((f"8b-{chance:g}", 1.0, lambda chance=chance: (random_pair(device, large, small), chance)))  # type: ignore[misc]
+        made.append((f"{kind}-{chance:g}", 1.0, lambda chance=chance: (random_pair(device, large, small), chance)))  # type: ignore[misc]
     return made
 
 
 class _Bench:
     """One target with everything that is measured on it."""
 
-    def __init__(self, options: Options, pair: PairOnDevice, acceptance: float | None) -> None:
+    def __init__(
+        self, options: Options, pair: PairOnDevice, acceptance: float | None, end_s: float, left_out: dict[str, str]
+    ) -> None:  # fmt: skip
         self._options, self._pair, self._acceptance = options, pair, acceptance
+        self._end_s, self._left_out = end_s, left_out
         longest = PROMPT_TOKENS + (9 * (options.tokens + 8))
         shape = EngineShape(max_batch=max(options.batches), max_model_len=longest)
         self.contender = Contender(pair, shape, synthetic=acceptance)
         self._prompts = list(self._ids(max(options.batches)))
         self._runs = 0
         self._runs_here: list[str] | None = None
-        self.refused: dict[str, str] = {}
 
     def groups(self) -> list[list[Cell]]:
         """A group for every batch size: the engine's arms, and transformers where its time can be afforded."""
-        groups = []
+        groups: list[list[Cell]] = []
         for batch in self._options.batches:
+            if groups and self._late(f"batch {batch}"):
+                continue
             group = [self._cell(batch, arm) for arm in ARMS]
             if batch in (1, 16) and self._acceptance is None:
                 group += [self._library_cell(batch, arm) for arm in self._library_arms()]
@@ -149,24 +191,32 @@ class _Bench:
                     run_library(arm, self._pair.target, self._prompts[:1], 2)
                     self._runs_here.append(arm)
                 except Exception as error:  # whatever a rival fails with, it is told and not hidden
-                    self.refused[arm] = f"{type(error).__name__}: {str(error)[:200]}"
+                    self._left_out[arm] = f"{type(error).__name__}: {str(error)[:200]}"
         return self._runs_here
 
-    def effects(self, until_s: float) -> dict[str, Any]:
-        """What swaps, logging and the host cost; exactness where the models say something."""
-        batch = min(8, max(self._options.batches))
-        load = self._load(batch)
-        found: dict[str, Any] = {
-            "logging": logging_cost(self.contender, self._load, batch, self._options.tokens),
-            "swaps": swaps_under_load(self.contender, load, self._options.swaps),
-            "host": self._host(min(64, max(self._options.batches))),
-            "left_out": self.refused,
+    def effects(self, found: dict[str, Any]) -> None:
+        """Add what swaps, logging and the host cost; exactness where the models say something."""
+        options, contender = self._options, self.contender
+        batch = min(8, max(options.batches))
+        parts: dict[str, Callable[[], Any]] = {
+            "swaps": lambda: swaps_under_load(contender, self._load(batch), options.swaps),
+            "logging": lambda: logging_cost(contender, self._load, batch, options.tokens),
+            "host": lambda: self._host(min(64, max(options.batches))),
         }
-        if self._acceptance is None and time.monotonic() < until_s + 60:
-            found["greedy_against_transformers"] = compare_greedy(
-                self.contender.engine, self._pair.target, self._prompts[:4], self._options.tokens
+        if self._acceptance is None:
+            parts["greedy_against_transformers"] = lambda: compare_greedy(
+                contender.engine, self._pair.target, self._prompts[:4], options.tokens
             )
-        return found
+        for name, part in parts.items():
+            if not self._late(name):
+                found[name] = part()
+
+    def _late(self, what: str) -> bool:
+        """Say whether the minutes are over; then it is noted that this was left out."""
+        late = time.monotonic() > self._end_s
+        if late:
+            self._left_out[what] = "time"
+        return late
 
     def _host(self, batch: int) -> dict[str, Any]:
         """Milliseconds of a step in which the loop computes rather than waits for the device; medians of steps."""
@@ -223,62 +273,27 @@ class _Bench:
             yield (ids + tokenizer.encode(prompt.lead, add_special_tokens=False))[-PROMPT_TOKENS:]
 
 
-def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare the arms of every target and batch size: medians of the repeats they all took part in."""
-    made = []
-    groups: dict[tuple[str, float | None, int], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["target"], row["synthetic_acceptance"], row["batch"]), {})[row["arm"]] = row
-    for (target, acceptance, batch), arms in groups.items():
-        engine = [arms[name] for name in ARMS if name in arms and name != "adaptive"]
-        adaptive, none = arms["adaptive"], arms["none"]
-        best = max(engine, key=lambda row: row["tokens_per_s"])
-        entry = {
-            "target": target, "synthetic_acceptance": acceptance, "batch": batch, "best": best["arm"],
-            "adaptive_vs_best": _ratio(adaptive, best), "adaptive_vs_none": _ratio(adaptive, none),
-            **{f"none_vs_{name}": _ratio(none, arms[name]) for name in LIBRARY_ARMS if name in arms},
-        }  # fmt: skip
-        made.append(entry)
-    return made
-
-
-def _ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """Median, smallest and largest over the repeats that both took part in."""
-    pairs = zip(one["tokens_per_s_repeats"], other["tokens_per_s_repeats"], strict=False)
-    each = sorted(a / b for a, b in pairs)
-    return {"median": round(statistics.median(each), 4), "low": round(each[0], 4), "high": round(each[-1], 4)}
-
-
-def table(result: dict[str, Any]) -> str:
-    """Return the ratios as a short table for a terminal."""
-    lines = [f"{'target':<44} {'accept':>6} {'batch':>5} {'best':>8} {'adaptive/best':>13} {'adaptive/none':>13}"]
-    for item in result["ratios"]:
-        accept = "" if item["synthetic_acceptance"] is None else f"{item['synthetic_acceptance']:g}"
-        lines.append(
-            f"{item['target']:<44} {accept:>6} {item['batch']:>5} {item['best']:>8} "
-            f"{item['adaptive_vs_best']['median']:>13.2f} {item['adaptive_vs_none']['median']:>13.2f}"
-        )
-    return "\n".join(lines)
-
-
 def main() -> int:
-    """Measure from the command line; 2 where that cannot be done."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file of the result")
+    """Measure from the command line; the status is 0, 1 where something failed, 2 where nothing could begin."""
+    parser = result_file.parser("bench.gpu", __doc__, Options().minutes)
     parser.add_argument("--target", type=Path, help="folder of SmolLM2-135M-Instruct; without it, random weights only")
-    parser.add_argument("--minutes", type=float, default=Options().minutes, help="time for everything, about")
-    parser.add_argument("--device", default=Options().device, help="cuda, or cpu to try the program itself")
-    arguments = parser.parse_args()
-    options = Options(target=arguments.target, minutes=arguments.minutes, device=arguments.device)
+    parser.add_argument("--device", type=result_file.device_of, default=Options().device,
+                        help="cuda, cuda:N, or cpu to try the program itself on tiny shapes")  # fmt: skip
+    given = parser.parse_args()
+    words = ["FOLDER" if before == "--target" else word for before, word in zip(sys.argv, sys.argv[1:], strict=False)]
+    line = command("bench.gpu", words)
     try:
-        result = measure(options, lambda line: print(line, file=sys.stderr, flush=True))
+        options = options_for(given.target, given.device, given.minutes)
+        with redirect_stdout(sys.stderr):  # logs; the result may go to standard output
+            result = measure(options, _say, result_file.keeper(given.json, line))
     except DraftsmithError as error:
         print(error, file=sys.stderr)
         return 2
-    result = {"command": command("bench.gpu", sys.argv[1:])} | result
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
-    return 0
+    return result_file.finish(given.json, {"command": line} | result, table(result), failures(result))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class LogShape:
     top_k: int = 32
     flush_tokens: int = 256
     max_context_tokens: int = 768
+    accepted_share: float = 1.0
 
 
 class Counted:

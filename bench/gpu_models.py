@@ -1,6 +1,6 @@
 """Models for the GPU benchmark: the default pair at any width, and a random pair of a common shape.
 
-Needs torch, transformers and safetensors alone.
+Used by `bench.gpu`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ SMALL = {  # half a billion parameters, most of them the head
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 16,
     "num_key_value_heads": 4, "vocab_size": 128256,
 }  # fmt: skip
+TINY_LARGE = {  # to try the program
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512,
+}  # fmt: skip
+TINY_SMALL = TINY_LARGE | {"num_hidden_layers": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +44,24 @@ class PairOnDevice:
     draft: Any
 
 
+def check_target(folder: Path) -> None:
+    """Refuse what is no folder of a model.
+
+    Raises:
+        SettingsError: it holds no configuration or no weights.
+    """
+    for needed in ("config.json", "*.safetensors"):
+        if not any(folder.glob(needed)):
+            raise SettingsError(f"{folder} holds no {needed}; expected the folder of a SmolLM2-135M-Instruct model")
+
+
 def widened(folder: Path, times: int, device: torch.device) -> PairOnDevice:
     """Load the model of a folder, widened, and the shipped draft of the narrow one.
 
     Raises:
         SettingsError: the folder holds no such model.
     """
-    if not (folder / "config.json").exists():
-        raise SettingsError(f"{folder} holds no config.json; expected the folder of a SmolLM2-135M-Instruct model")
+    check_target(folder)
     narrow = {name: tensor.to(DTYPE) for path in sorted(folder.glob("*.safetensors")) for name, tensor in _read(path)}
     config = json.loads((folder / "config.json").read_text())
     weights = {name: wider(name, tensor.to(device), times) for name, tensor in narrow.items()}

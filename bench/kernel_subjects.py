@@ -76,13 +76,13 @@ def _sampler(device: torch.device, vocab: int, batch: int, coupling: str, top_k:
             draft_logits=made[2] if coupling == "maximal" else None,
         )  # fmt: skip
 
+    shape = {"vocab": vocab, "batch": batch, "gamma": GAMMA, "coupling": coupling, "top_k": top_k}
     large = read >= _LARGE_BYTES
     name, figure, bound = ("70 % of bandwidth", "fraction_of_floor", 0.7) if large else ("15 microseconds", "ms", 0.015)
     if not top_k:  # what recording costs: this row without it is what the one with it is compared with
         gate = None
     elif coupling == "gumbel" and large:
-        without = {"vocab": vocab, "batch": batch, "coupling": coupling, "top_k": 0}
-        gate = Gate("70 % of bandwidth", "fraction_of_floor", 0.7, True, without)
+        gate = Gate("70 % of bandwidth", "fraction_of_floor", 0.7, True, shape | {"top_k": 0})
     else:
         gate = Gate(name, figure, bound, large)
     rivals: dict[str, Callable[[Any], object]] = {}
@@ -91,8 +91,7 @@ def _sampler(device: torch.device, vocab: int, batch: int, coupling: str, top_k:
         if batch in (8, 64):
             rivals["torch.compile"] = lambda made: peers.compiled_sampler(made[0], made[1], top_k)
     return Subject(
-        "verify sampler", {"vocab": vocab, "batch": batch, "coupling": coupling, "top_k": top_k}, read, make, call,
-        read, launches=3, rivals=rivals, gate=gate,
+        "verify sampler", shape, read, make, call, read, launches=3, rivals=rivals, gate=gate,
     )  # fmt: skip
 
 
@@ -107,7 +106,7 @@ def _cuts(device: torch.device) -> Iterator[Subject]:
                 return (3 * torch.randn(rows, vocab, generator=generator, device=device)).to(BF16)
 
             yield Subject(
-                "cuts", {"vocab": vocab, "batch": batch, "top_p": 0.9}, rows * vocab * 2, make,
+                "cuts", {"vocab": vocab, "batch": batch, "gamma": GAMMA, "top_p": 0.9}, rows * vocab * 2, make,
                 lambda logits, params=params: dispatch.cut_borders(logits, params), rows * vocab * 2,  # type: ignore[misc]
                 rivals={"sort": peers.sorted_nucleus},
             )  # fmt: skip
@@ -148,14 +147,17 @@ def _attention(device: torch.device, batch: int, context: int, queries: int) -> 
         k, v = (item.view(batch, context, kv_heads, dim).transpose(1, 2) for item in (keys, values))
         return scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
-    decode = {"batch": batch, "context": context, "queries": 1}
+    shape = {
+        "batch": batch, "context": context, "queries": queries, "heads": heads, "kv_heads": kv_heads, "head_size": dim,
+    }  # fmt: skip
+    decode = shape | {"queries": 1}
     gate = None
     if queries > 1:
         gate = Gate("1.1 x decoding", "vs_row", 1.1, False, decode)
     elif context >= 4096 and batch * kv_heads >= 32:
         gate = Gate("80 % of bandwidth", "fraction_of_floor", 0.8, True)
     return Subject(
-        "attention", decode | {"queries": queries}, read, make, call, read, launches=1,
+        "attention", shape, read, make, call, read, launches=1,
         flops=4 * batch * queries * context * heads * dim,
         against=lambda made: attention_reference.paged_attention(*made, starts, lengths, dim**-0.5, max_query=queries),
         rivals={
@@ -210,7 +212,7 @@ def _rope(device: torch.device, tokens: int) -> Subject:
 
     size = 2 * tokens * (heads + 2 * kv_heads) * dim * 2
     return Subject(
-        "rope-and-write", {"tokens": tokens, "heads": heads, "kv_heads": kv_heads}, size, make,
+        "rope-and-write", {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_size": dim}, size, make,
         lambda made: run(dispatch.rope_and_write, made), size,
         against=lambda made: run(layers_reference.rope_and_write, made),
     )  # fmt: skip

@@ -1,24 +1,25 @@
 """Measure every Triton kernel against its floor, its plain-torch reference and its peers, on a CUDA device.
 
 The floor of a case is the largest of: its bytes at the bandwidth of a copy, its operations at the speed of a large
-matrix product, and its launches at the cost of an empty one; all three are measured in the same run.  Times are of
-captured graphs, over as many copies of the inputs as it takes to leave the caches.  `--compile-only` compiles for
-compute capability 9.0 instead, on any machine, and notes registers, spills and shared memory.  Needs torch, triton
-and numpy alone; other libraries are peers where they can be imported.
+matrix product, and its launches at the cost of an empty one; all three are measured by the process that measures
+the case.  Times are of captured graphs, over as many copies of the inputs as it takes to leave the caches.
+`--compile-only` compiles for compute capability 9.0 instead, on any machine, and notes registers, spills and shared
+memory.  CONTRIBUTING.md has the libraries it needs; others are peers where they can be imported.
 
-    python -m bench.kernels --json FILE [--minutes 3] [--only sampler,attention] [--compile-only]
+    python -m bench.kernels [--json FILE] [--minutes 3] [--only sampler,attention] [--compile-only]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,141 +27,103 @@ from typing import Any
 import torch
 
 from adapter.contracts import DraftsmithError, SettingsError
+from bench import result_file
 from bench.environment import command, environment
+from bench.kernel_clock import Clock, copies_for
+from bench.kernel_gates import failures, judge, subject_of, table
 from bench.kernel_subjects import subjects
 from bench.subject import Subject
 
 GROUPS = ("sampler", "cuts", "attention", "layers", "loss", "merge")
-_CACHE_BYTES = 256 << 20  # inputs of consecutive runs together: several times the second-level cache
-_MOST_COPIES = 24
-_RUNS = 24  # in one captured graph
-_REPLAYS = 5
 NO_GPU = "bench.kernels needs a CUDA device; PyTorch finds none here (--compile-only works without one)"
+_WHAT = "milliseconds of each kernel, its floor on this device, its reference in plain torch and its peers"
+_LEAST_SHARE = 0.5  # of an equal share, that a group gets when those before it took too long
+
+Keep = Callable[[dict[str, Any]], None]
 
 
-class Clock:
-    """Times callables on the device, and knows what the device can do at best."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        source = torch.empty(1 << 29, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        self.bandwidth = 2 * source.numel() / self._seconds(lambda _: target.copy_(source), 1)
-        a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-        self.flops = 2 * 8192**3 / self._seconds(lambda _: torch.mm(a, b), 1)
-        one = torch.zeros(1, device=device)
-        self.launch_s = self._seconds(lambda _: one.add_(1), 1)
-
-    def ceilings(self) -> dict[str, float]:
-        """What floors are made of."""
-        return {
-            "copy_tb_per_s": round(self.bandwidth / 1e12, 3), "matmul_tflop_per_s": round(self.flops / 1e12, 1),
-            "launch_us": round(self.launch_s * 1e6, 3),
-        }  # fmt: skip
-
-    def floor_s(self, subject: Subject) -> float:
-        """The least time the device could need."""
-        return max(
-            subject.bytes / self.bandwidth, subject.flops / self.flops, subject.launches * self.launch_s
-        )  # fmt: skip
-
-    def seconds(self, run: Callable[[int], object], inputs_bytes: int) -> float:
-        """Median seconds of one run; `run` gets the number of the copy of its inputs to work on."""
-        return self._seconds(run, copies_for(inputs_bytes))
-
-    def _seconds(self, run: Callable[[int], object], copies: int) -> float:
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))  # which may still be making the inputs
-        with torch.cuda.stream(side):
-            for number in range(min(3, copies)):
-                run(number)
-        side.synchronize()
-        times = []
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for number in range(_RUNS):
-                    run(number % copies)
-            begin_all: Callable[[], None] = graph.replay
-        except RuntimeError:  # a peer that asks the host something cannot be captured
-            torch.cuda.synchronize()
-
-            def begin_all() -> None:
-                for number in range(_RUNS):
-                    run(number % copies)
-
-        for _ in range(_REPLAYS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            begin_all()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3 / _RUNS)
-        return statistics.median(times)
-
-
-def copies_for(inputs_bytes: int) -> int:
-    """How many copies of the inputs take turns."""
-    return max(1, min(_MOST_COPIES, -(-_CACHE_BYTES // max(1, inputs_bytes))))
-
-
-def measure(only: tuple[str, ...], minutes: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run every subject while there is time, and return the result.
+def measure(group: str, minutes: float, say: Callable[[str], None], keep: Keep) -> dict[str, Any]:
+    """Run every subject of a group while there is time, and return the result; `keep` gets it while it grows.
 
     Raises:
         SettingsError: there is no CUDA device.
     """
-    if not torch.cuda.is_available():
-        raise SettingsError(NO_GPU)
-    device = torch.device("cuda", torch.cuda.current_device())
-    where, until_s = environment(), time.monotonic() + 60 * minutes
+    device = _cuda()
+    until_s = time.monotonic() + 60 * minutes
     clock = Clock(device)
-    rows, left_out = [], []
-    for subject in subjects(only, device):
+    rows: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
+    result = {"what": _WHAT, "ceilings": {group: clock.ceilings()}, "rows": rows, "left_out": left_out} | environment()
+    for subject in subjects((group,), device):
         if time.monotonic() > until_s:
-            left_out.append({"kernel": subject.kernel, "shape": subject.shape, "reason": "time"})
+            left_out.append(_left_out(subject.kernel, subject.shape, "time", failed=False))
             continue
         try:
             rows.append(row_of(subject, clock))
             say(line_of(rows[-1]))
         except Exception as error:  # one that fails must not take the others' figures with it
-            left_out.append({"kernel": subject.kernel, "shape": subject.shape, "reason": f"{error!s:.300}"})
-            say(f"{subject.kernel} {subject.shape}: {type(error).__name__}: {error!s:.300}")
+            left_out.append(_left_out(subject.kernel, subject.shape, f"{type(error).__name__}: {error!s:.300}"))
+            say(f"{subject_of(left_out[-1])}: {left_out[-1]['reason']}")
         subject.free()
         torch.cuda.empty_cache()
-    for row in rows:
-        judge(row, rows)
-    return {
-        "what": "milliseconds of each kernel, its floor on this device, its reference in plain torch and its peers",
-        "ceilings": clock.ceilings(), "rows": rows, "left_out": left_out,
-    } | where  # fmt: skip
+        for row in rows:
+            judge(row, rows)
+        keep(result)
+    return result
 
 
-def apart(only: tuple[str, ...], minutes: float) -> dict[str, Any]:
+def apart(only: tuple[str, ...], minutes: float, keep: Keep) -> dict[str, Any]:
     """Measure each group in a process of its own: a kernel that breaks the device's context ends one group only.
 
     Raises:
         SettingsError: there is no CUDA device.
     """
+    _cuda()
+    return merged(only, minutes, keep, _in_a_process)
+
+
+Runner = Callable[[str, float], tuple[int, dict[str, Any] | None]]
+
+
+def merged(only: tuple[str, ...], minutes: float, keep: Keep, run: Runner) -> dict[str, Any]:
+    """Run the groups one after the other and put their results together.
+
+    Args:
+        run: measures a group for so many minutes; returns its exit status and its result, None without one.
+    """
+    begin_s = time.monotonic()
+    whole: dict[str, Any] = {"what": _WHAT, "ceilings": {}, "rows": [], "left_out": []}
+    for number, group in enumerate(only):
+        left = minutes - (time.monotonic() - begin_s) / 60
+        status, found = run(group, max(left / (len(only) - number), _LEAST_SHARE * minutes / len(only)))
+        if found is None or "unfinished" in found:  # what it had measured until then is kept
+            reason = f"its process ended with {status} before it was done; run it with --only {group} to see why"
+            whole["left_out"].append(_left_out(f"group {group}", {}, reason))
+        if found is not None:
+            whole |= {name: found[name] for name in ("machine", "versions", "commit")}
+            whole["ceilings"] |= found["ceilings"]  # floors of a group were computed from its own
+            whole["rows"] += found["rows"]
+            whole["left_out"] += found["left_out"]
+        keep(whole)
+    return environment() | whole  # asked last: it opens the device, which some let one process do at a time
+
+
+def _in_a_process(group: str, minutes: float) -> tuple[int, dict[str, Any] | None]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        run = [sys.executable, "-m", "bench.kernels", "--only", group, "--minutes", str(minutes), "--json", str(path)]
+        status = subprocess.run(run, check=False, stdout=subprocess.DEVNULL).returncode
+        return status, json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _cuda() -> torch.device:
     if not torch.cuda.is_available():
         raise SettingsError(NO_GPU)
-    results, lost = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for number, group in enumerate(only):
-            path = Path(folder) / f"{number}.json"
-            share = str(minutes / len(only))
-            run = [sys.executable, "-m", "bench.kernels", "--only", group, "--minutes", share, "--json", str(path)]
-            done = subprocess.run(run, check=False, stdout=subprocess.DEVNULL)
-            if path.exists():
-                results.append(json.loads(path.read_text(encoding="utf-8")))
-            else:
-                lost.append({"kernel": group, "shape": {}, "reason": f"its process ended with {done.returncode}"})
-    if not results:
-        raise SettingsError("no group of kernels could be measured; run one alone with --only to see why")
-    whole = results[0]
-    whole["rows"] = [row for result in results for row in result["rows"]]
-    whole["left_out"] = lost + [item for result in results for item in result["left_out"]]
-    return whole
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _left_out(kernel: str, shape: dict[str, Any], reason: str, *, failed: bool = True) -> dict[str, Any]:
+    return {"kernel": kernel, "shape": shape, "reason": reason, "failed": failed}
 
 
 def row_of(subject: Subject, clock: Clock) -> dict[str, Any]:
@@ -187,39 +150,29 @@ def row_of(subject: Subject, clock: Clock) -> dict[str, Any]:
     return row
 
 
-def judge(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Say of a row that has a gate whether it passes, with the figure that was judged."""
-    gate = row["gate"]
-    if gate is None:
-        return
-    value = _figure(gate, row, rows)
-    passed = None if value is None else value >= gate["bound"] if gate["at_least"] else value <= gate["bound"]
-    gate |= {"value": None if value is None else round(value, 4), "passed": passed}
-
-
-def _figure(gate: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
-    figure, against = gate["figure"], gate["against"]
-    if figure == "vs_row":  # the same kernel at another shape
-        other = next((item for item in rows if item["kernel"] == row["kernel"] and item["shape"] == against), None)
-        return None if other is None else float(row["ms"] / other["ms"])
-    if figure == "vs_peer":
-        peer = row["peers"].get(against)
-        return float(row["ms"] / peer) if isinstance(peer, float) else None
-    return float(row[figure])
-
-
 def compiled() -> dict[str, Any]:
-    """Compile every case of every kernel for compute capability 9.0 and note what it takes."""
-    from kernels.gpu import aot, catalog
+    """Compile every case of every kernel for compute capability 9.0 and note what it takes.
 
-    rows = []
+    Raises:
+        SettingsError: Triton is not here, or is told to interpret.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SettingsError("--compile-only compiles nothing while TRITON_INTERPRET is 1; unset it")
+    try:
+        from kernels.gpu import aot, catalog
+    except ImportError as error:
+        raise SettingsError(f"--compile-only needs Triton: {error}; `pip install triton` brings it on Linux") from error
+    rows, left_out = [], []
     for module, case in catalog.cases():
-        found = aot.compile_case(case)
-        rows.append({"module": module, "case": case.name, "warps": case.warps} | asdict(found))
+        try:
+            found = aot.compile_case(case)
+            rows.append({"module": module, "case": case.name, "warps": case.warps} | asdict(found))
+        except Exception as error:  # the others are compiled all the same
+            left_out.append(_left_out(module, {"case": case.name}, f"{type(error).__name__}: {error!s:.300}"))
     return {
         "what": "what each kernel takes when it is compiled for compute capability 9.0: registers a thread, bytes "
         "spilled a thread, shared bytes a program",
-        "capability": aot.HOPPER, "rows": rows,
+        "capability": aot.HOPPER, "rows": rows, "left_out": left_out,
     } | environment()  # fmt: skip
 
 
@@ -233,47 +186,38 @@ def line_of(row: dict[str, Any]) -> str:
     )
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the gates as a short table."""
-    lines = [f"{'kernel':<16} {'gate':<28} {'passed':>7} of {'judged':>6}"]
-    gates: dict[tuple[str, str], list[bool]] = {}
-    for row in result["rows"]:
-        if row.get("gate") and row["gate"]["passed"] is not None:
-            gates.setdefault((row["kernel"], row["gate"]["name"]), []).append(row["gate"]["passed"])
-    lines += [f"{kernel:<16} {name:<28} {sum(found):>7} of {len(found):>6}" for (kernel, name), found in gates.items()]
-    return "\n".join(lines)
-
-
 def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 5)
 
 
-def main() -> int:
-    """Measure from the command line; 2 where that cannot be done."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file of the result")
-    parser.add_argument("--minutes", type=float, default=3.0, help="time for everything, about")
-    parser.add_argument("--only", default=",".join(GROUPS), help="groups of kernels, of " + ",".join(GROUPS))
-    parser.add_argument("--compile-only", action="store_true", help="compile for a GPU that is not here")
-    arguments = parser.parse_args()
-    only = tuple(arguments.only.split(","))
+def _groups(text: str) -> tuple[str, ...]:
+    only = tuple(dict.fromkeys(text.split(",")))
     if unknown := sorted(set(only) - set(GROUPS)):
-        print(f"--only {','.join(unknown)}: there are {', '.join(GROUPS)}", file=sys.stderr)
-        return 2
+        raise argparse.ArgumentTypeError(f"{','.join(unknown)!r}: there are {', '.join(GROUPS)}")
+    return only
+
+
+def main() -> int:
+    """Measure from the command line; the status is 0, 1 where something failed, 2 where nothing could begin."""
+    parser = result_file.parser("bench.kernels", __doc__, 3.0)
+    parser.add_argument("--only", type=_groups, default=GROUPS, help="groups of kernels, of " + ",".join(GROUPS))
+    parser.add_argument("--compile-only", action="store_true", help="compile for a GPU that is not here")
+    given = parser.parse_args()
+    line = command("bench.kernels", sys.argv[1:])
+    keep = result_file.keeper(given.json, line)
     try:
-        if arguments.compile_only:
-            result = compiled()
-        elif len(only) > 1:
-            result = apart(only, arguments.minutes)
-        else:
-            result = measure(only, arguments.minutes, _say)
+        with redirect_stdout(sys.stderr):  # what libraries print; the result may go to standard output
+            if given.compile_only:
+                result = compiled()
+            elif len(given.only) > 1:
+                result = apart(given.only, given.minutes, keep)
+            else:
+                result = measure(given.only[0], given.minutes, _say, keep)
     except DraftsmithError as error:
         print(error, file=sys.stderr)
         return 2
-    result = {"command": command("bench.kernels", sys.argv[1:])} | result
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(result['rows'])} rows in {arguments.json}" if arguments.compile_only else table(result))
-    return 0
+    shown = f"{len(result['rows'])} cases compiled" if given.compile_only else table(result)
+    return result_file.finish(given.json, {"command": line} | result, shown, failures(result))
 
 
 def _say(line: str) -> None:

@@ -12,16 +12,19 @@ import torch
 from bench.kernel_subjects import subjects
 from bench.subject import Subject
 
-COPY_BYTES_PER_S = 4.3e12  # an H200's copy, reads and writes counted
-MATMUL_FLOP_PER_S = 790e12  # an H200's bfloat16 product of two large matrices
+# NVIDIA's data sheet of the H200 SXM: memory at 4.8 TB/s; bfloat16 at 1,979 TFLOP/s with sparsity, so 989 without.
+PEAK_BYTES_PER_S, PEAK_FLOP_PER_S = 4.8e12, 989e12
+# What a copy, and a product of two large matrices, are assumed to reach of these: nine tenths, and four fifths.
+COPY_BYTES_PER_S = 4.3e12  # reads and writes counted
+MATMUL_FLOP_PER_S = 790e12
 GROUPS = ("sampler", "cuts", "attention", "layers", "loss", "merge")
 COMPILE_COMMAND = "python -m bench.kernels --compile-only --json bench/results/compiled.json"
 _INTRO = """
 # Roofline of the GPU kernels
 A kernel can be no faster than the slowest of three: its bytes at the bandwidth of memory, its operations at the
 speed of the matrix units, its launches at what a launch costs. `python -m bench.kernels` measures these three and
-every kernel in one run, over as many copies of the inputs as it takes to leave the caches, and gives each kernel's
-floor as a fraction of its time. `make bench-gpu` runs it together with the end-to-end benchmark.
+every kernel in the same process, over as many copies of the inputs as it takes to leave the caches, and gives each
+kernel's floor as a fraction of its time. `make bench-gpu` runs it together with the end-to-end benchmark.
 
 What each kernel reads and writes, and how:
 - **Verify sampler** (`kernels/gpu/sampler.py`, `stream.py`, `records.py`, `recovery.py`): every logit once. One pass
@@ -33,16 +36,23 @@ What each kernel reads and writes, and how:
 - **Attention** (`kernels/gpu/attention.py`): keys and values of a request once a key head, whatever the number of
   drafted tokens: all queries of a request that share a key are one tile. So verifying should cost what decoding does.
 - **Layers** (`norm.py`, `activation.py`, `rope_cache.py`): a few kilobytes a token; at decoding sizes they cost their
-  launch, and count by how many there are: six a layer beside four products.
+  launch, and count by how many there are. A layer of a model has four: two norms, one rotation, one activation. Beside
+  them it launches attention, one or two, and four products.
 - **Sparse loss** (`sparse_loss.py`): logits of a chunk are written by one product, turned into their gradient in
   place, and read by the next; a full-width float32 buffer is never made.
 - **LoRA merge** (`lora_merge.py`): the pristine weights once, the merged ones once.
 """
 
+_COPIES = f"copies at {COPY_BYTES_PER_S / 1e12:g} TB/s ({COPY_BYTES_PER_S / PEAK_BYTES_PER_S:.0%} of the data sheet's "
+_COPIES += f"{PEAK_BYTES_PER_S / 1e12:g})"
+_PRODUCTS = f"products at {MATMUL_FLOP_PER_S / 1e12:.0f} TFLOP/s ({MATMUL_FLOP_PER_S / PEAK_FLOP_PER_S:.0%} of its "
+_PRODUCTS += f"{PEAK_FLOP_PER_S / 1e12:.0f}, dense bfloat16)"
 _UNMEASURED = f"""
 **No GPU has been measured yet.** The kernels equal their references in Triton's interpreter and compile for Hopper
-(below); what they take there, and which gates they pass, is open. Floors are computed from published figures of an
-H200, launches left out: copies at {COPY_BYTES_PER_S / 1e12:g} TB/s, products at {MATMUL_FLOP_PER_S / 1e12:.0f} TFLOP/s.
+(below); what they take there, and which gates they pass, is open. Floors are computed, launches left out, from what
+an H200 is **assumed to reach**: {_COPIES},
+{_PRODUCTS}. No program reaches the data sheet; how near one comes is our
+guess. A run on the device measures both and takes those instead. Source: NVIDIA's data sheet of the H200 SXM.
 """
 
 
@@ -65,7 +75,7 @@ def page(measured: list[dict[str, Any]], compiled: dict[str, Any] | None) -> str
 
 
 def floor_us(subject: Subject) -> float:
-    """The least microseconds an H200 could need, launches left out."""
+    """The least microseconds an H200 is assumed to need, launches left out."""
     return 1e6 * max(subject.bytes / COPY_BYTES_PER_S, subject.flops / MATMUL_FLOP_PER_S)
 
 
@@ -83,10 +93,11 @@ def _floors() -> str:
 
 
 def _measured(result: dict[str, Any]) -> str:
-    ceilings = result["ceilings"]
+    each = {name: _span(result["ceilings"], name) for name in ("copy_tb_per_s", "matmul_tflop_per_s", "launch_us")}
     lines = [
-        f"`{result['command']}` at {result['commit']}: copies {ceilings['copy_tb_per_s']} TB/s, products "
-        f"{ceilings['matmul_tflop_per_s']} TFLOP/s, a launch in a graph {ceilings['launch_us']} µs.\n",
+        f"`{result['command']}` at {result['commit']}: copies {each['copy_tb_per_s']} TB/s, products "
+        f"{each['matmul_tflop_per_s']} TFLOP/s, a launch in a graph {each['launch_us']} µs. Each group of kernels runs "
+        "in a process that measures these for itself.\n",
         "| kernel | shape | ms | floor, ms | of the floor | reference, ms | peers, ms | gate |",
         "|---|---|--:|--:|--:|--:|---|---|",
     ]
@@ -98,7 +109,14 @@ def _measured(result: dict[str, Any]) -> str:
             f"| {row['kernel']} | {_shape(row['shape'])} | {row['ms']} | {row['floor_ms']} | "
             f"{row['fraction_of_floor']:.0%} | {row['reference_ms'] or '–'} | {peers or '–'} | {verdict} |"
         )
-    return "\n".join(lines) + "\n"
+    missing = [f"- {item['kernel']} {_shape(item['shape'])}: {item['reason']}" for item in result["left_out"]]
+    return "\n".join([*lines, *(["\nNot measured:", *missing] if missing else [])]) + "\n"
+
+
+def _span(ceilings: dict[str, dict[str, float]], name: str) -> str:
+    """Return the smallest and the largest that the groups measured."""
+    found = [item[name] for item in ceilings.values()]
+    return f"{min(found)}" if min(found) == max(found) else f"{min(found)}–{max(found)}"
 
 
 def _compiled(result: dict[str, Any] | None) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from adapter.settings import Settings
 
 
@@ -17,10 +15,9 @@ def valkey_command(settings: Settings) -> list[str]:
 
     folder = settings.data_dir / "valkey"
     folder.mkdir(parents=True, exist_ok=True)
-    socket = settings.redis.removeprefix("unix://")
     options = {
         "port": "0",
-        "unixsocket": socket,
+        "unixsocket": str(settings.redis_socket),
         "unixsocketperm": "700",
         "dir": str(folder.resolve()),
         "appendonly": "yes",
@@ -36,4 +33,4 @@ def valkey_command(settings: Settings) -> list[str]:
 
 def remove_socket(settings: Settings) -> None:
     """Remove the socket a killed server left behind."""
-    Path(settings.redis.removeprefix("unix://")).unlink(missing_ok=True)
+    settings.redis_socket.unlink(missing_ok=True)

@@ -36,8 +36,19 @@ if TYPE_CHECKING:
 # Tiny tensors gain nothing from threads, and spinning ones starve the other processes a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def has_gpu() -> bool:
+    """Say whether PyTorch finds a CUDA device; importing it takes seconds, so it is asked only beside a driver."""
+    if not any(next(Path("/dev").glob(name), None) for name in ("nvidia*", "nvhost*", "dxg")):
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
 # Triton reads this once, when it is imported: its kernels run in its interpreter where there is no GPU.
-HAS_GPU = Path("/dev/nvidiactl").exists()
+HAS_GPU = has_gpu()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

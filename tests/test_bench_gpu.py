@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import gpu as bench_gpu
 from bench import kernels as bench_kernels
-from bench import plot_kernels
-from bench.gpu import Options, measure, ratios, table
+from bench import plot_kernels, roofline
+from bench.gpu import Options, measure, options_for
+from bench.gpu_ratios import failures, ratios, table
+from bench.kernel_gates import failures as kernel_failures
+from bench.kernel_gates import judge
+from bench.kernel_gates import table as gates_table
 from bench.kernel_subjects import subjects
 from bench.subject import Gate
 
@@ -40,13 +46,64 @@ def test_the_gpu_benchmark_runs_every_arm_and_says_where(result):
     arms = {(row["batch"], row["arm"]) for row in result["rows"]}
     assert arms == {(b, a) for b in (1, 3) for a in ("none", "fixed-1", "fixed-3", "fixed-5", "adaptive")}
     assert all(row["tokens_per_s"] > 0 for row in result["rows"])
-    effects = result["effects"]["8b-0.6"]
+    effects = result["effects"]["tiny-0.6"]
     assert effects["swaps"]["swaps"] == 4
     assert effects["logging"]["records"] > 0
     assert {"step_ms", "host_ms"} <= effects["host"].keys()
     assert {"machine", "versions", "phases"} <= result.keys()
     assert len(table(result).splitlines()) == 3
+    assert failures(result) == []
+    assert effects["left_out"] == {}
     json.dumps(result)
+
+
+def test_on_a_cpu_shapes_are_tiny_and_on_a_gpu_they_are_not():
+    """`--device cpu` tries the program: everything it measures fits a second; a GPU gets an 8B model's shapes."""
+    here, there = options_for(None, "cpu", 2.0), options_for(None, "cuda", 2.0)
+    assert here.large is not None
+    assert here.large["hidden_size"] * here.large["vocab_size"] < 1e6
+    assert max(here.batches) * here.swaps < 100
+    assert there == Options(minutes=2.0)
+
+
+def test_when_the_minutes_are_over_nothing_more_is_begun():
+    """The first target begins whatever the time; its other batches, its effects and other targets are listed."""
+    kept = []
+    options = Options(
+        device="cpu", large=TINY, small=TINY | {"num_hidden_layers": 1}, batches=(1, 3), acceptances=(0.6, 0.8),
+        tokens=4, repeats=2, swaps=4, minutes=1e-6,
+    )  # fmt: skip
+    found = measure(options, lambda line: None, lambda result: kept.append(json.loads(json.dumps(result))))
+    effects = found["effects"]
+    assert {(row["synthetic_acceptance"], row["batch"]) for row in found["rows"]} == {(0.6, 1)}
+    assert effects["tiny-0.6"]["left_out"] == dict.fromkeys(("batch 3", "swaps", "logging", "host"), "time")
+    late = effects["tiny-0.8"]["left_out"]
+    assert late == {"the target": "time"}
+    assert failures(found) == []
+    assert "the target left out: time" in table(found)
+    assert [list(item["effects"]) for item in kept] == [["tiny-0.6"], ["tiny-0.6", "tiny-0.8"]]
+
+
+def test_a_target_that_fails_keeps_what_it_had_measured(monkeypatch):
+    """Rows stay when what comes after them fails; the failure is one line, and the next target is measured."""
+    options = Options(
+        device="cpu", large=TINY, small=TINY | {"num_hidden_layers": 1}, batches=(1,), acceptances=(0.6, 0.8),
+        tokens=4, repeats=1, swaps=4, minutes=1.0,
+    )  # fmt: skip
+    logging_cost = bench_gpu.logging_cost
+    broken = iter((True, False))
+
+    def failing(*arguments):
+        if next(broken):
+            raise RuntimeError("no more memory")
+        return logging_cost(*arguments)
+
+    monkeypatch.setattr(bench_gpu, "logging_cost", failing)
+    found = measure(options, lambda line: None)
+    assert failures(found) == ["tiny-0.6: RuntimeError: no more memory"]
+    assert {row["synthetic_acceptance"] for row in found["rows"]} == {0.6, 0.8}
+    assert "swaps" in found["effects"]["tiny-0.6"]
+    assert "host" in found["effects"]["tiny-0.8"]
 
 
 def test_synthetic_acceptance_is_what_was_asked_for(result):
@@ -113,8 +170,88 @@ def test_gates_are_judged_by_their_figures():
         from dataclasses import asdict
 
         rows[1]["gate"] = asdict(gate)
-        bench_kernels.judge(rows[1], rows)
+        judge(rows[1], rows)
         assert rows[1]["gate"]["passed"] is expected
+
+
+def group_result(group: str, copy: float, **more: object) -> dict:
+    """What the process of a group writes."""
+    gate = {"name": "g", "figure": "ms", "bound": 1.0, "at_least": False, "against": None, "value": 2.0}
+    row = {"kernel": group, "shape": {"q": 1}, "gate": gate | {"passed": False}}
+    late = {"kernel": group, "shape": {"q": 2}, "reason": "time", "failed": False}
+    return {
+        "ceilings": {group: {"copy_tb_per_s": copy}}, "rows": [row], "left_out": [late],
+        "machine": {"gpu": "x"}, "versions": {}, "commit": "c",
+    } | more  # fmt: skip
+
+
+def test_groups_keep_their_own_ceilings_and_a_lost_one_is_a_failure():
+    """Results of processes put together: a group that ended early is named, what it had is kept; late is no failure."""
+    runs = {
+        "sampler": (0, group_result("sampler", 4.0)), "cuts": (-11, group_result("cuts", 4.2, unfinished=True)),
+        "merge": (-6, None),
+    }  # fmt: skip
+    shares, kept = [], []
+
+    def run(group, minutes):
+        shares.append(minutes)
+        return runs[group]
+
+    found = bench_kernels.merged(tuple(runs), 6.0, lambda result: kept.append(len(result["rows"])), run)
+    assert {name: item["copy_tb_per_s"] for name, item in found["ceilings"].items()} == {"sampler": 4.0, "cuts": 4.2}
+    assert [row["kernel"] for row in found["rows"]] == ["sampler", "cuts"]
+    assert kept == [1, 2, 2]
+    assert [line.split(" before")[0] for line in kernel_failures(found)] == [
+        "group cuts: its process ended with -11", "group merge: its process ended with -6",
+    ]  # fmt: skip
+    assert found["machine"] == {"gpu": "x"}
+    assert "unfinished" not in found
+    assert shares == pytest.approx([2.0, 3.0, 6.0], rel=1e-3)  # what is left, divided by who is left
+    shown = gates_table(found)
+    assert "no time was left for 2:\n  sampler q 2" in shown
+
+
+def test_the_page_says_what_shapes_are_and_where_floors_come_from():
+    """Drafts, heads and head sizes are in the rows; measured ceilings are a range over the groups."""
+    plain = roofline.page([], None)
+    assert "| verify sampler | vocab 49152, batch 1, gamma 4, coupling gumbel, top_k 32 |" in plain
+    assert "queries 5, heads 32, kv_heads 8, head_size 128 |" in plain
+    assert "copies at 4.3 TB/s (90% of the data sheet's 4.8)" in plain
+    assert "products at 790 TFLOP/s (80% of its 989, dense bfloat16)" in plain
+    row = {
+        "kernel": "cuts", "shape": {"vocab": 9}, "ms": 1.0, "floor_ms": 0.5, "fraction_of_floor": 0.5,
+        "reference_ms": None, "peers": {}, "gate": None,
+    }  # fmt: skip
+    ceilings = {
+        name: {"copy_tb_per_s": copy, "matmul_tflop_per_s": 700.0, "launch_us": 1.5}
+        for name, copy in (("sampler", 4.2), ("cuts", 4.0))
+    }
+    late = {"kernel": "cuts", "shape": {"vocab": 10}, "reason": "time", "failed": False}
+    measured = roofline.page(
+        [
+            {
+                "command": "x",
+                "commit": "c",
+                "machine": {"gpu": "G"},
+                "ceilings": ceilings,
+                "rows": [row],
+                "left_out": [late],
+            }
+        ],
+        None,
+    )
+    assert "copies 4.0–4.2 TB/s, products 700.0 TFLOP/s, a launch in a graph 1.5 µs." in measured
+    assert "- cuts vocab 10: time" in measured
+
+
+@pytest.mark.parametrize("group", ["sampler", "attention"])
+def test_a_gate_against_another_row_names_one_that_is_measured(group):
+    """The row a gate compares with has exactly the shape that the gate names, so it is found."""
+    found = list(subjects((group,), torch.device("meta")))
+    shapes = [subject.shape for subject in found]
+    against = [item.gate.against for item in found if item.gate and isinstance(item.gate.against, dict)]
+    assert against
+    assert all(shape in shapes for shape in against)
 
 
 @pytest.mark.parametrize("module", ["bench.kernels", "bench.gpu"])
@@ -132,7 +269,10 @@ def test_without_a_gpu_the_benchmark_says_so_and_leaves(module, tmp_path):
 
 
 def test_the_gpu_benchmarks_import_little():
-    """They and all they import need torch, triton, transformers, peft, safetensors, numpy and the standard library."""
+    """They and all they import need what CONTRIBUTING.md lists, and the standard library."""
+    listed = re.search(r"need nothing but (.+?) \(", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert listed is not None
+    assert set(BARE) == set(re.split(r",\s+|\s+and\s+", listed[1]))
     code = f"""
 import sys
 before = set(sys.modules)

@@ -103,6 +103,17 @@ def test_secrets_come_from_the_env_file() -> None:
     assert ".env" in (ROOT / ".gitignore").read_text(encoding="utf-8").split()
 
 
+def test_the_gpu_is_shown_to_what_uses_it() -> None:
+    """The engine alone, as training stays on the CPU; the settings that go with it reach its container from .env."""
+    shown = yaml.safe_load((ROOT / "deploy/gpu.yml").read_text(encoding="utf-8"))["services"]
+    assert {"engine": {"gpus": "all"}} == shown
+    cuda = [path for path in (ROOT / "distill").rglob("*.py") if "cuda" in path.read_text(encoding="utf-8")]
+    assert not cuda, "the worker uses a GPU: show it to its container"
+    assert {"path": ".env", "required": False} in SERVICES["engine"]["env_file"]
+    assert "DRAFTSMITH_ENGINE__DEVICE" not in SERVICES["engine"]["environment"]
+    assert "${DRAFTSMITH_DTYPE:-float32}" == SERVICES["engine"]["environment"]["DRAFTSMITH_DTYPE"]
+
+
 def test_mounted_files_exist() -> None:
     """Every path of ours that a service mounts or builds from is in the repository."""
     for service in SERVICES.values():
