@@ -20,7 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_SCHEMAS = (1, 2)  # in 1 every position was recorded and nobody was told apart
 FLOOR_VERSION = 0  # the base draft itself: version 0 in every registry
 
 Coupling = Literal["gumbel", "maximal"]
@@ -114,6 +115,8 @@ class VerifiedBlock:
     committed token is `token_ids[positions[r] - first_position]`.  Log-probs are natural and at
     temperature 1, before top-k and top-p; `tail_mass` is the probability outside the top-k.
     Positions after the first rejection of a round are off the committed path and never recorded.
+    Every rejection is recorded; any other position with probability `keep_probability`, independently.
+    `tenant` tells whose request it was without naming them; empty where nobody is told apart.
 
     Shapes (n records, k = top_k):
         token_ids: [t] uint32; positions, draft_ids: [n] uint32; verdicts: [n] uint8;
@@ -140,6 +143,8 @@ class VerifiedBlock:
     topk_logprobs: bytes
     tail_mass: bytes
     logged_at_s: float
+    tenant: str = ""
+    keep_probability: float = 1.0
 
     def array(self, field: str) -> NDArray[np.generic]:
         """Open one of the array fields, shaped as the class docstring says."""
@@ -150,6 +155,14 @@ class VerifiedBlock:
     def num_records(self) -> int:
         """How many positions this block judges."""
         return len(self.verdicts)
+
+    def row_weights(self) -> NDArray[np.float64]:
+        """Return for each record how many positions it stands for: one over the chance that it was kept.
+
+        Shapes: result [n].  Sums weighted so are unbiased for all verified positions (Horvitz and Thompson, 1952).
+        """
+        rejected = self.array("verdicts") == Verdict.REJECTED
+        return np.where(rejected, 1.0, 1.0 / self.keep_probability)
 
 
 _DTYPES = {

@@ -16,6 +16,8 @@ SERVING = "serving"  # written by the API process: its URL and pid
 DRIFT = "drift"  # written by the watcher: detector state per segment
 WATCHER = "watcher"  # written by the watcher: loop state, cool-down, counters
 ENGINE = "engine"  # written by the engine: its load and its measured speed-up
+CHAMPIONS = "champions"  # written by the watcher: the best version of each segment
+PAYOFF = "payoff"  # written by the watcher: what each version cost and saved
 ADVICE = "advice"  # written by the watcher: whether this traffic should be speculated on
 SWAPS = "swaps"  # written by the engine: the last swaps with their pause in milliseconds
 

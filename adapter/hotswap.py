@@ -20,11 +20,10 @@ import structlog
 import torch
 from sqlalchemy.exc import SQLAlchemyError
 
-from adapter import artifacts
 from adapter.contracts import FLOOR_VERSION, ArtifactError, RegistryError
 from adapter.following import Follower, forbid
-from adapter.lora import base_weights, load_factors, merge, merge_all
-from adapter.pairs import Pair, expected_tensors
+from adapter.lora import base_weights, merge_all, merge_artifact
+from adapter.pairs import Pair
 from adapter.registry import Registry
 from adapter.versions import Live
 
@@ -89,15 +88,10 @@ class DraftSlots:
         Raises:
             ArtifactError: the artifact must not be loaded.
         """
-        manifest = artifacts.load_manifest(root, artifact_sha256)
-        path = artifacts.verify(
-            root, artifact_sha256, target_fingerprint=self._pair.target_fingerprint,
-            base_fingerprint=self._pair.base_fingerprint, expected=expected_tensors(self._pair, manifest.rank),
-        )  # fmt: skip
         slot = self._spare.pop() if self._spare else self._new_slot()
         try:
-            merge(
-                slot, self._pristine, load_factors(path), manifest.scale, max_norm_ratio=self._max_norm_ratio,
+            merge_artifact(
+                slot, self._pristine, self._pair, root, artifact_sha256, max_norm_ratio=self._max_norm_ratio,
                 write=self._write,
             )  # fmt: skip
             self._finish(slot)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -22,12 +22,16 @@ MAX_ATTEMPTS = 3
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One training job. `progress` is what the trainer said last; `result` what it ended with."""
+    """One training job. `progress` is what the trainer said last; `result` what it ended with.
+
+    `segments` names those whose acceptance fell; empty where something else asked for the job.
+    """
 
     id: str
     state: str
     reason: str
     requested_by: str
+    segments: tuple[str, ...]
     created_at_s: float
     started_at_s: float | None
     finished_at_s: float | None
@@ -48,7 +52,7 @@ class Jobs:
         self._read = engine.execution_options(readonly=True)
         self._clock = clock
 
-    def request(self, *, reason: str, requested_by: str) -> Job | None:
+    def request(self, *, reason: str, requested_by: str, segments: Sequence[str] = ()) -> Job | None:
         """Queue a job, or return None when one is open already: one training at a time."""
         with self._engine.begin() as connection:
             if connection.execute(select(jobs.c.id).where(jobs.c.state.in_(OPEN_STATES))).first():
@@ -60,6 +64,7 @@ class Jobs:
                     state="queued",
                     reason=reason,
                     requested_by=requested_by,
+                    segments=list(segments),
                     created_at_s=self._clock(),
                     attempts=0,
                     epoch=0,
@@ -132,7 +137,7 @@ class Jobs:
             return self._guarded(job_id, epoch, {"state": "queued", "error": error, "lease_until_s": None})
         return self._guarded(job_id, epoch, {"state": "failed", "error": error, "finished_at_s": self._clock()})
 
-    def cancel(self, job_id: str) -> None:
+    def cancel(self, job_id: str, because: str = "cancelled by an operator") -> None:
         """Cancel an open job; its worker notices at the next heartbeat.
 
         Raises:
@@ -142,7 +147,7 @@ class Jobs:
             job = self._one(connection, job_id)
             if job.state not in OPEN_STATES:
                 raise RegistryError(f"job {job_id} is {job.state} already and cannot be cancelled")
-            self._close(connection, job_id, "cancelled", {}, "cancelled by an operator")
+            self._close(connection, job_id, "cancelled", {}, because)
 
     def get(self, job_id: str) -> Job:
         """Return one job.
@@ -157,7 +162,14 @@ class Jobs:
         """Return the newest jobs first."""
         with self._read.begin() as connection:
             rows = connection.execute(select(jobs).order_by(jobs.c.created_at_s.desc()).limit(limit))
-            return [Job(**row) for row in rows.mappings()]
+            return [_job(row) for row in rows.mappings()]
+
+    def since(self, at_s: float) -> list[Job]:
+        """Return jobs that were requested after `at_s`, or ran then, oldest first."""
+        touched = or_(jobs.c.created_at_s > at_s, jobs.c.started_at_s > at_s, jobs.c.finished_at_s > at_s)
+        with self._read.begin() as connection:
+            rows = connection.execute(select(jobs).where(touched).order_by(jobs.c.created_at_s))
+            return [_job(row) for row in rows.mappings()]
 
     def claimable(self) -> list[str]:
         """Return ids of jobs that wait, or whose worker went silent."""
@@ -187,4 +199,8 @@ class Jobs:
         row = connection.execute(select(jobs).where(jobs.c.id == job_id)).mappings().first()
         if row is None:
             raise RegistryError(f"there is no job {job_id!r}")
-        return Job(**row)
+        return _job(row)
+
+
+def _job(row: Mapping[Any, Any]) -> Job:
+    return Job(**{**row, "segments": tuple(row["segments"])})

@@ -1,4 +1,7 @@
-"""Read LoRA factors and merge them into a draft: W = W0 + scale * B @ A, always from W0."""
+"""Read LoRA factors and merge them into a draft: W = W0 + scale * B @ A, always from W0.
+
+Called by `adapter.hotswap`, which serves the result, and by the trainer's gate, which judges the very same.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
+from adapter import artifacts
 from adapter.contracts import ArtifactError
+from adapter.pairs import Pair, expected_tensors
 
 
 def load_factors(path: Path) -> dict[str, torch.Tensor]:
@@ -76,3 +81,21 @@ def merge(
             raise ArtifactError(
                 f"the update of {name} has norm {size:.3g}, more than {max_norm_ratio:g} x its weight's {limit:.3g}"
             )
+
+
+def merge_artifact(
+    model: Any, base: dict[str, torch.Tensor], pair: Pair, root: Path, sha256: str, *,
+    max_norm_ratio: float | None = None, write: Callable[[Any, float], torch.Tensor] = merge_all,
+) -> None:  # fmt: skip
+    """Check an artifact of `root` and merge it into the model's weights in place.
+
+    Raises:
+        ArtifactError: the artifact must not be loaded; if only its update is at fault, the model's weights are
+            of no use then.
+    """
+    manifest = artifacts.load_manifest(root, sha256)
+    path = artifacts.verify(
+        root, sha256, target_fingerprint=pair.target_fingerprint, base_fingerprint=pair.base_fingerprint,
+        expected=expected_tensors(pair, manifest.rank),
+    )  # fmt: skip
+    merge(model, base, load_factors(path), manifest.scale, max_norm_ratio=max_norm_ratio, write=write)

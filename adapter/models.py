@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from adapter.contracts import SettingsError
@@ -53,6 +53,9 @@ def prepare_pair(settings: Settings) -> Pair:
         target_path=str(target_path), target_fingerprint=fingerprint, dtype=settings.dtype,
         draft_kind=kind,  # type: ignore[arg-type]
         draft_path=None if draft_path is None else str(draft_path), base_fingerprint=base, lora_shapes=shapes,
+        shared_path=None if kind == "none" else str(
+            keep_shared(target_path, fingerprint, settings.pair_dir, borrowed=kind == "pruned")
+        ),
     )  # fmt: skip
 
 
@@ -109,9 +112,9 @@ def load_draft(pair: Pair, dtype: torch.dtype, shared: Any = None) -> Any:
         return AutoModelForCausalLM.from_pretrained(pair.draft_path, dtype=dtype).eval().requires_grad_(False)
     folder = Path(pair.draft_path)
     layers = load_draft_manifest(folder).layers
-    model = empty_draft(Path(pair.target_path), len(layers), dtype)
+    model = empty_draft(pair.lender_path, len(layers), dtype)
     weights = {name: tensor.to(dtype) for name, tensor in load_file(folder / DRAFT_TENSORS).items()}
-    return attach_shared(model, weights, Path(pair.target_path), dtype, shared)
+    return attach_shared(model, weights, pair.lender_path, dtype, shared)
 
 
 def empty_draft(target_path: Path, num_layers: int, dtype: torch.dtype) -> Any:
@@ -143,6 +146,34 @@ def read_shared(target_path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     tied = read_config(target_path).get("tie_word_embeddings", False)
     embedding = read_tensor(target_path, "model.embed_tokens.weight")
     return embedding, embedding if tied else read_tensor(target_path, "lm_head.weight")
+
+
+def keep_shared(target_path: Path, fingerprint: str, root: Path, *, borrowed: bool) -> Path:
+    """Copy a target's config, and what a pruned draft borrows, into a folder of its own, once; return that folder.
+
+    A trainer that runs elsewhere, or later, then needs none of the target's files.
+    """
+    folder = root / f"{fingerprint[:32]}-{'shared' if borrowed else 'config'}"
+    if (folder / "config.json").exists():
+        return folder
+    tensors = {}
+    if borrowed:
+        tensors["model.embed_tokens.weight"] = read_tensor(target_path, "model.embed_tokens.weight")
+        if not read_config(target_path).get("tie_word_embeddings", False):
+            tensors["lm_head.weight"] = read_tensor(target_path, "lm_head.weight")
+    root.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=folder.name, dir=root))
+    try:
+        if tensors:
+            save_file(tensors, work / "shared.safetensors")
+        shutil.copyfile(target_path / "config.json", work / "config.json")
+        os.replace(work, folder)
+    except OSError:
+        if not (folder / "config.json").exists():  # another process won the race: use its result
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
 
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor:

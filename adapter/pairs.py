@@ -35,7 +35,9 @@ _SAMPLE_BYTES = 4096
 class Pair(msgspec.Struct, frozen=True, kw_only=True):
     """A target and the base draft that proposes for it.
 
-    `lora_shapes` maps each linear module of the draft that versions may change to (out, in).
+    `lora_shapes` maps each linear module of the draft that versions may change to (out, in).  `shared_path` is a
+    folder with the target's config and what the draft borrows, embedding and head, kept so that a trainer needs no
+    file of the target.
     """
 
     target_name: str
@@ -46,6 +48,12 @@ class Pair(msgspec.Struct, frozen=True, kw_only=True):
     draft_path: str | None
     base_fingerprint: str
     lora_shapes: dict[str, tuple[int, int]]
+    shared_path: str | None = None
+
+    @property
+    def lender_path(self) -> Path:
+        """The folder from which the target's config is read, and what a pruned draft borrows."""
+        return Path(self.shared_path or self.target_path)
 
 
 class DraftManifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ import tempfile
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import quote
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -137,6 +138,9 @@ class LogSettings(_Section):
 
     enabled: bool = Field(True, description="write verified blocks and outcomes at all")
     top_k: int = Field(32, ge=1, le=256, description="target log-probs kept a position")
+    accepted_share: float = Field(
+        1.0, gt=0, le=1, description="chance that a position which was not rejected is logged; rejections always are"
+    )
     flush_tokens: int = Field(256, ge=16, description="a long request is logged every so many tokens")
     max_context_tokens: int = Field(768, ge=16, description="context tokens carried by one block")
     queue_entries: int = Field(512, ge=1, description="entries held in memory while Redis is slow or gone")
@@ -153,21 +157,53 @@ class DistillSettings(_Section):
     """The trainer and its gate."""
 
     min_requests: int = Field(60, ge=1, description="logged requests needed before a training starts")
-    max_blocks: int = Field(4000, ge=8, description="blocks kept in the replay store, newest win")
+    max_blocks: int = Field(4000, ge=8, description="blocks kept in the replay store")
+    replay_bytes: int = Field(256 << 20, ge=1 << 16, description="bytes the replay store holds, the anchor set apart")
+    replay_age_s: float = Field(30 * 86400.0, gt=0, description="age at which a block is dropped from the store")
+    replay_half_life_s: float = Field(
+        7 * 86400.0, gt=0, description="age at which a block is drawn for replay half as often"
+    )
+    tenant_share: float = Field(
+        0.5, gt=0, le=1, description="most of a training's records one tenant may supply while there are others"
+    )
+    anchor_requests: int = Field(24, ge=0, description="requests a segment gives to the anchor set, never trained on")
     holdout_share: float = Field(0.2, gt=0, lt=1, description="share of requests never trained on")
     replay_share: float = Field(0.25, ge=0, lt=1, description="share of a batch drawn from older traffic")
     rank: int = Field(16, ge=1, le=256, description="LoRA rank")
     alpha: float = Field(32.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (6e-3, 3e-3), min_length=1, max_length=4, description="peak learning rates to try; the best one goes on"
+    )
+    trial_share: float = Field(0.25, gt=0, le=1, description="part of a training that every learning rate gets")
+    loss: Literal["kl", "nla", "blend", "lk"] = Field(
+        "lk",
+        description="kl: match the target's law; nla: -log of the acceptance; blend: kl, then half of each; lk: kl "
+        "while acceptance is low, more and more of nla as it rises",
+    )
+    greedy_temperature: float = Field(
+        1.0, gt=0, le=2, description="temperature at which a greedy request's law is taught"
+    )
+    half_precision: bool = Field(
+        True, description="products in bfloat16 where the machine multiplies it natively; the loss stays in float32"
+    )
     epochs: float = Field(6.0, gt=0, description="passes over the fresh training blocks, at the most")
     max_seconds: float = Field(
         240.0, gt=0, description="time a training may spend on steps; the whole job may take twice that and two minutes"
     )
-    batch_tokens: int = Field(2048, ge=64, description="tokens of one optimizer step")
-    rejected_weight: float = Field(2.0, gt=0, description="weight of rejected positions; others weigh 1")
+    batch_tokens: int = Field(1024, ge=64, description="tokens of one optimizer step")
+    rejected_weight: float = Field(1.0, gt=0, description="weight of rejected positions in the loss")
+    accepted_weight: float = Field(1.0, ge=0, description="weight of all others; 0 learns from rejections only")
     gate_min_gain: float = Field(0.0, description="lower bound of the acceptance gain must exceed this")
     gate_confidence: float = Field(0.95, gt=0.5, lt=1, description="confidence of the gate's interval")
     gate_min_requests: int = Field(10, ge=2, description="held-out requests the gate needs to say yes")
+    gate_anchor_margin: float = Field(0.02, ge=0, lt=1, description="loss of acceptance on the anchor set tolerated")
+    gate_goodput_margin: float = Field(0.01, ge=0, lt=1, description="predicted loss of tokens per second tolerated")
+    gate_parity_margin: float = Field(
+        0.03, gt=0, lt=1, description="how far the stored file may score from what the trainer measured"
+    )
+    switch_min_gain: float = Field(
+        0.02, ge=0, lt=1, description="acceptance a kept version must win on the newest requests to be gone back to"
+    )
     nice: int = Field(10, ge=0, le=19, description="niceness of the trainer process")
     threads: int = Field(1, ge=1, description="torch threads of the trainer")
     lease_s: float = Field(30.0, gt=1, description="a job whose worker is silent this long is taken over")
@@ -183,6 +219,16 @@ class MonitorSettings(_Section):
     drift_expected_requests_per_s: float = Field(1.0, gt=0, description="traffic the false-alarm rate refers to")
     drift_margin: float = Field(0.02, ge=0, lt=0.5, description="fall of acceptance that is not yet drift")
     retrain_cooldown_s: float = Field(30.0, ge=0, description="pause after a training before the next")
+    adapt: bool = Field(True, description="ask for trainings by itself; off: only a person does")
+    evidence_requests: int = Field(
+        400, ge=1, description="drafted requests since the last training that ask for one without any drift"
+    )
+    trainings_per_day: int = Field(48, ge=1, description="trainings in 24 h; then the loop asks for none")
+    training_seconds_per_day: float = Field(14400.0, gt=0, description="seconds of training in 24 h, likewise")
+    failures_in_a_row: int = Field(
+        5, ge=1, description="trainings on drift that bring nothing, one after the other, before the loop gives up"
+    )
+    payoff_days: float = Field(3.0, gt=0, description="days over which trainings must save more than they cost")
     auto_promote: bool = Field(True, description="promote a version that passed its gate")
     guard_min_requests: int = Field(30, ge=5, description="requests a new version serves before it is judged")
     guard_margin: float = Field(0.02, ge=0, description="loss of acceptance the guard tolerates")
@@ -236,7 +282,12 @@ class Settings(BaseSettings):
     @property
     def redis(self) -> str:
         """URL of the Redis or Valkey in force, in redis-py's form."""
-        return self.redis_url or f"unix://{self.run_dir / 'valkey.sock'}"
+        return self.redis_url or f"unix://{quote(str(self.redis_socket))}"
+
+    @property
+    def redis_socket(self) -> Path:
+        """Where the bundled Valkey listens; in a URL, `#`, `?` and `%` of a folder's name would mean something else."""
+        return self.run_dir / "valkey.sock"
 
     @property
     def broker(self) -> str:
@@ -252,6 +303,11 @@ class Settings(BaseSettings):
     def vocabularies_dir(self) -> Path:
         """Where trimmed draft vocabularies and the token counts they are chosen from live."""
         return self.data_dir / "vocabularies"
+
+    @property
+    def pair_dir(self) -> Path:
+        """Where what a draft borrows of its target is kept for the trainer."""
+        return self.data_dir / "pair"
 
     @property
     def replay_dir(self) -> Path:
@@ -285,8 +341,10 @@ def load_settings(**overrides: object) -> Settings:
     try:
         settings = Settings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
+        flags: dict[tuple[int | str, ...], str] = {(name,): f"--{name.replace('_', '-')}" for name in given}
         lines = [
-            f"{'.'.join(str(part) for part in problem['loc'])} = {problem.get('input')!r}: {problem['msg']}"
+            f"{flags.get(problem['loc']) or '.'.join(map(str, problem['loc']))} = {problem.get('input')!r}: "
+            + problem["msg"].replace("Input should be", "expected", 1)
             for problem in error.errors()
         ]
         raise SettingsError("settings that cannot work:\n  " + "\n  ".join(lines)) from None

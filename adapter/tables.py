@@ -60,6 +60,7 @@ jobs = Table(
     Column("state", String(16), nullable=False),  # queued, running, done, failed, cancelled
     Column("reason", Text, nullable=False),
     Column("requested_by", String(64), nullable=False),
+    Column("segments", JSON, nullable=False),  # names of those that drifted
     Column("created_at_s", Float, nullable=False),
     Column("started_at_s", Float),
     Column("finished_at_s", Float),

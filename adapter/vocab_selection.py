@@ -101,7 +101,7 @@ def default_ranking(pair: Pair, vocab_size: int) -> TokenIds:
 
 def target_vocab_size(pair: Pair) -> int:
     """Return the width of the target's logits."""
-    return int(read_config(Path(pair.target_path))["vocab_size"])
+    return int(read_config(pair.lender_path)["vocab_size"])
 
 
 def build_vocab(

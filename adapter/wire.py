@@ -7,7 +7,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
-from adapter.contracts import SCHEMA_VERSION, RequestOutcome, Verdict, VerifiedBlock, Wire, WireError
+from adapter.contracts import READABLE_SCHEMAS, RequestOutcome, Verdict, VerifiedBlock, Wire, WireError
 
 _T = TypeVar("_T", VerifiedBlock, RequestOutcome)
 
@@ -43,7 +43,14 @@ def block_from_wire(data: bytes) -> VerifiedBlock:
                 f"verified block {block.request_id!r}: {field} has {len(getattr(block, field))} "
                 f"bytes, expected {size} for {num} records of top-{k}"
             )
+    if not 0 < block.keep_probability <= 1:
+        raise WireError(
+            f"verified block {block.request_id!r}: keep_probability is {block.keep_probability}; expected above 0, at "
+            "most 1"
+        )
     positions = block.array("positions").astype(np.int64)
+    if (np.diff(positions) <= 0).any():
+        raise WireError(f"verified block {block.request_id!r}: its positions do not rise")
     tokens = len(block.token_ids) // 4
     if len(block.token_ids) % 4 or (
         num and not (block.first_position < positions.min() and positions.max() < block.first_position + tokens)
@@ -66,6 +73,7 @@ def _decode(data: bytes, kind: type[_T]) -> _T:
         record = msgspec.msgpack.decode(data, type=kind)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise WireError(f"not a {kind.__name__}: {error}") from error
-    if record.schema != SCHEMA_VERSION:
-        raise WireError(f"{kind.__name__} has schema {record.schema}; this build reads {SCHEMA_VERSION}")
+    if record.schema not in READABLE_SCHEMAS:
+        known = " and ".join(str(version) for version in READABLE_SCHEMAS)
+        raise WireError(f"{kind.__name__} has schema {record.schema}; this build reads {known}")
     return record

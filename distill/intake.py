@@ -2,11 +2,12 @@
 
 An entry is acknowledged after its block is on disk, so a kill at any moment loses nothing; what
 cannot be read, or belongs to another target, goes to the dead-letter stream with the reason.
-No torch.  Called by `distill.trainer`.
+No torch.  Called by `distill.evidence`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ log = structlog.get_logger(__name__)
 
 _BATCH = 64
 _LOGPROB_SLACK = 0.02  # float16 rounds a log-prob of zero slightly up
+_MASS_SLACK = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,11 @@ def defect_of(block: VerifiedBlock, *, target_fingerprint: str, vocab_size: int 
     logprobs = block.array("topk_logprobs").astype(np.float32)
     if np.isnan(logprobs).any() or float(logprobs.max()) > _LOGPROB_SLACK:
         return "target log-probs that are NaN or above zero"
+    tail = block.array("tail_mass").astype(np.float32)
+    if not ((tail >= -_MASS_SLACK) & (tail <= 1 + _MASS_SLACK)).all():
+        return "tail mass that is NaN or no probability"
+    if not (math.isfinite(block.logged_at_s) and math.isfinite(block.sampling.temperature)):
+        return f"logged at {block.logged_at_s} s, temperature {block.sampling.temperature}; both must be finite"
     if vocab_size is not None:
         largest = max(int(block.array("topk_ids").max()), int(block.array("token_ids").max()))
         if largest >= vocab_size:

@@ -1,12 +1,13 @@
 """What the draft is trained to minimise, as a choice of words over one kernel.
 
-`kl` matches the target's law and is stable from scratch; `nla` is -log of the acceptance itself;
-`blend` mixes them.  Knows nothing about models or blocks.  Called by `distill.trainer` and
-`distill.bootstrap`.
+`kl` matches the target's law and is stable from scratch; `nla` is -log of the acceptance itself; `blend`
+mixes them.  A `Schedule` says which mixture a training uses when.  Knows nothing about models or blocks.
+Called by `distill.tuning` and `distill.bootstrap`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +15,10 @@ import torch
 from kernels.sparse_loss import SparseTeacherLoss
 
 Kind = Literal["kl", "nla", "blend"]
+Objective = Literal["kl", "nla", "blend", "lk"]
+
+_KL_ONLY = 0.3  # share of a training before `blend` lets the acceptance itself join
+_LK_RATE = 3.0
 
 
 class LossStats(NamedTuple):
@@ -21,6 +26,23 @@ class LossStats(NamedTuple):
 
     kl: float
     acceptance: float
+
+
+def kl_share(objective: Objective, *, done: float, acceptance: float | None) -> float:
+    """Return the share of KL in the loss of a step; -log(acceptance) has the rest.
+
+    `kl` and `nla` are one and zero; `blend` is one over the first three tenths and a half after; `lk` falls as the
+    draft gets better, exp(-3 α), the schedule of "LK losses" (arXiv 2602.23881).
+
+    Args:
+        done: how much of the training is over, in [0, 1].
+        acceptance: of the last steps, None before the first.
+    """
+    if objective == "lk":
+        return math.exp(-_LK_RATE * acceptance) if acceptance is not None else 1.0
+    if objective == "blend":
+        return 1.0 if done < _KL_ONLY else 0.5
+    return 1.0 if objective == "kl" else 0.0
 
 
 def sparse_teacher_loss(
@@ -51,11 +73,11 @@ def sparse_teacher_loss(
         ValueError: shapes that do not fit, ids outside the vocabulary, or an unknown kind.
     """
     _check(hidden, head_weight, topk_ids, topk_logprobs, weights)
-    kl_share = {"kl": 1.0, "nla": 0.0, "blend": blend}.get(kind)
-    if kl_share is None or not 0.0 <= kl_share <= 1.0:
+    share_of_kl = {"kl": 1.0, "nla": 0.0, "blend": blend}.get(kind)
+    if share_of_kl is None or not 0.0 <= share_of_kl <= 1.0:
         raise ValueError(f"loss kind {kind!r} with blend {blend}: use 'kl', 'nla', or 'blend' with a share in [0, 1]")
     loss, kl, alpha = SparseTeacherLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, head_weight, topk_ids, topk_logprobs, weights, kl_share, chunk_rows
+        hidden, head_weight, topk_ids, topk_logprobs, weights, share_of_kl, chunk_rows
     )
     share = weights / weights.sum().clamp_min(1e-12)
     return loss, LossStats(kl=float(share.to(kl.dtype) @ kl), acceptance=float(share.to(alpha.dtype) @ alpha))

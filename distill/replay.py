@@ -1,30 +1,33 @@
 """The trainer's memory on disk: verified blocks that outlive the Redis stream.
 
-Blocks are appended to segment files as frames (length, CRC-32, wire bytes); a frame torn by a kill
-fails its CRC, is counted and skipped, and the next append opens a new file.  Every block has a
-sequence number that never comes back.  The newest `max_blocks` are kept, and what arrives twice is
-stored once.  No torch; knows nothing about drafts or Redis.  Called by `distill.intake`,
-`distill.selection` and `distill.trainer`.
+Blocks are appended to files as frames (length, CRC-32, wire bytes); a frame torn by a kill fails its CRC,
+is counted and skipped, and the next append opens a new file.  Every block has a sequence number that never
+comes back: what is dropped from the middle of a file leaves an empty frame behind.  What is kept is bounded
+by number, bytes and age, each segment giving up its oldest only while it holds more than any other; the
+anchor set is kept while the target stays.  Files may hold as many dead bytes as live ones before they are
+written anew.  What arrives twice, or says the same again, is stored once.  No torch; knows nothing about
+drafts or Redis.  Called by `distill.intake`, `distill.selection` and `distill.evidence`.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
-import struct
 import time
-import zlib
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from adapter.contracts import DraftsmithError, VerifiedBlock, WireError
 from adapter.wire import block_from_wire
+from distill.frames import HEAD_BYTES, TornFileError, frames_of, pack, replace_file, sync_folder
+from distill.retention import BlockRef, within_bounds
 
-_FRAME = struct.Struct("<II")  # payload bytes, CRC-32 of the payload
 _FILE_BLOCKS = 256
 _LOCK_S = 30.0
 
@@ -33,33 +36,38 @@ class ReplayError(DraftsmithError):
     """Raised when the replay store cannot be used; the message says why and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockRef:
-    """Where one block lies, and what is needed to choose it without opening it."""
-
-    sequence: int
-    request_id: str
-    segment: str
-    first_record: int
-    records: int
-    tokens: int
-    file: Path
-    offset: int
-    size: int
-
-
 class Marker(msgspec.Struct, frozen=True):
     """Blocks up to `sequence` were already trained into a version that passed its gate."""
 
     sequence: int = 0
 
 
-class ReplayStore:
-    """The blocks under one folder, oldest first. Opening reads every frame once and keeps none."""
+class Anchors(msgspec.Struct, frozen=True):
+    """Requests of one target's anchor set, by segment."""
 
-    def __init__(self, folder: Path, *, max_blocks: int) -> None:
+    requests: dict[str, list[str]] = {}
+    target_fingerprint: str = ""
+
+
+class ReplayStore:
+    """The blocks under one folder, oldest first. Opening reads every frame once and keeps none.
+
+    Args:
+        max_blocks, max_bytes, max_age_s: what is kept, the anchor set not counted.
+        target_fingerprint: whose blocks are kept; those of another target teach what no longer holds. Empty: all.
+        clock: epoch seconds, for the age.
+    """
+
+    def __init__(
+        self, folder: Path, *, max_blocks: int, max_bytes: int = 1 << 40, max_age_s: float = float("inf"),
+        target_fingerprint: str = "", clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
         self._folder = folder
         self._max_blocks = max_blocks
+        self.max_bytes = max_bytes
+        self._max_age_s = max_age_s
+        self._target = target_fingerprint
+        self.clock = clock
         self._file_blocks = max(1, min(_FILE_BLOCKS, max_blocks // 8))
         folder.mkdir(parents=True, exist_ok=True)
         self.torn = 0
@@ -69,10 +77,11 @@ class ReplayStore:
 
     def reload(self) -> None:
         """Read the folder again: another process may have appended or trimmed."""
-        self.refs, self.torn, self._torn_files = [], 0, set()
+        self.refs, self.torn, self._torn_files, self._next = [], 0, set(), 1
+        self._anchored = {name for names in self.anchors.values() for name in names}
         for path in self._files():
             self._scan(path)
-        self.refs = self.refs[-self._max_blocks :]
+        self.refs = self._kept()
 
     def load(self, ref: BlockRef) -> VerifiedBlock:
         """Open one block.
@@ -83,19 +92,23 @@ class ReplayStore:
         try:
             with ref.file.open("rb") as file:
                 file.seek(ref.offset)
-                return block_from_wire(file.read(ref.size))
+                block = block_from_wire(file.read(ref.size))
         except (OSError, WireError) as error:
             raise ReplayError(f"replay block {ref.sequence} of {ref.file.name} cannot be read: {error}") from error
+        if (block.request_id, _first_record(block)) != (ref.request_id, ref.first_record):  # written anew meanwhile
+            raise ReplayError(f"replay block {ref.sequence} of {ref.file.name} has moved; open the store again")
+        return block
 
     def append(self, payloads: Sequence[tuple[VerifiedBlock, bytes]]) -> int:
         """Store blocks that are not there yet, sync, drop the oldest; return how many were new."""
-        known = {(ref.request_id, ref.first_record) for ref in self.refs}
+        known: set[object] = {(ref.request_id, ref.first_record) for ref in self.refs}
+        known |= {ref.content for ref in self.refs}
         fresh = []
         for block, data in payloads:
-            key = (block.request_id, _first_record(block))
-            if key not in known:
-                known.add(key)
+            keys = {(block.request_id, _first_record(block)), _content(block)}
+            if not keys & known:
                 fresh.append((block, data))
+            known |= keys
         for start in range(0, len(fresh), self._file_blocks):
             self._write(fresh[start : start + self._file_blocks])
         self._trim()
@@ -121,6 +134,7 @@ class ReplayStore:
                         ) from None
                     time.sleep(0.1)
             self.reload()
+            self._trim()
             yield
 
     # -- which blocks are fresh --------------------------------------------------------------
@@ -135,12 +149,23 @@ class ReplayStore:
 
     def mark(self, sequence: int) -> None:
         """Remember that everything up to `sequence` went into a version that passed its gate."""
-        temporary = self._folder / "marker.json.tmp"
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.encode(Marker(max(sequence, self.marker))))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._folder / "marker.json")
+        replace_file(self._folder / "marker.json", msgspec.json.encode(Marker(max(sequence, self.marker))))
+
+    # -- the anchor set ----------------------------------------------------------------------
+
+    @property
+    def anchors(self) -> dict[str, list[str]]:
+        """Requests of the anchor set by segment: once one, always one."""
+        try:
+            found = msgspec.json.decode((self._folder / "anchors.json").read_bytes(), type=Anchors)
+        except (OSError, msgspec.MsgspecError):
+            return {}
+        return found.requests if self._target in ("", found.target_fingerprint) else {}
+
+    def anchor(self, requests: dict[str, list[str]]) -> None:
+        """Replace the anchor set."""
+        replace_file(self._folder / "anchors.json", msgspec.json.encode(Anchors(requests, self._target)))
+        self._anchored = {name for names in requests.values() for name in names}
 
     # -- files -------------------------------------------------------------------------------
 
@@ -151,58 +176,83 @@ class ReplayStore:
         return sorted(self._folder.glob("blocks-*.bin"))
 
     def _scan(self, path: Path) -> None:
-        data = path.read_bytes()
-        sequence, offset = int(path.stem.removeprefix("blocks-")), 0
-        while offset < len(data):
-            payload, checksum = _frame(data, offset)
-            if payload is None:
-                self.torn += 1
-                self._torn_files.add(path)
-                return
-            block = _readable(payload) if zlib.crc32(payload) == checksum else None
-            if block is None:
-                self.torn += 1
-            else:
-                self.refs.append(_reference(block, sequence, path, offset + _FRAME.size, len(payload)))
-            offset += _FRAME.size + len(payload)
-            sequence += 1
+        sequence = _first_sequence(path)
+        try:
+            for offset, payload in frames_of(path.read_bytes()):
+                block = _readable(payload) if payload else None
+                if block is not None:
+                    self.refs.append(_reference(block, sequence, path, offset, len(payload or b"")))
+                elif payload != b"":  # an empty one was dropped
+                    self.torn += 1
+                sequence += 1
+        except TornFileError:
+            self.torn += 1
+            self._torn_files.add(path)
+        self._next = max(self._next, sequence)
 
     def _write(self, blocks: Sequence[tuple[VerifiedBlock, bytes]]) -> None:
-        last = self.refs[-1] if self.refs else None
-        sequence = max(last.sequence if last else 0, self.marker) + 1
+        sequence = max(self._next, self.marker + 1)
         while (path := self._path(sequence)).exists():  # torn in its very first frame
             sequence += 1
-        room = 0
-        if last is not None and last.file not in self._torn_files and last.file.exists():
-            room = self._file_blocks - (sequence - int(last.file.stem.removeprefix("blocks-")))
-        if last is not None and room >= len(blocks):
-            path = last.file
+        newest = self._files()[-1:]
+        if newest and newest[0] not in self._torn_files and sequence == self._next:
+            path = newest[0] if sequence - _first_sequence(newest[0]) + len(blocks) <= self._file_blocks else path
         with path.open("ab") as file:
             offset = file.seek(0, os.SEEK_END)
             for block, data in blocks:
-                file.write(_FRAME.pack(len(data), zlib.crc32(data)) + data)
-                self.refs.append(_reference(block, sequence, path, offset + _FRAME.size, len(data)))
-                offset += _FRAME.size + len(data)
+                file.write(pack(data))
+                self.refs.append(_reference(block, sequence, path, offset + HEAD_BYTES, len(data)))
+                offset += HEAD_BYTES + len(data)
                 sequence += 1
+            self._next = sequence
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
+
+    def _kept(self) -> list[BlockRef]:
+        """Return the blocks that are kept: the anchor set, and of all others what the bounds let in."""
+        refs = [ref for ref in self.refs if self._target in ("", ref.target_fingerprint)]
+        oldest_s = self.clock() - self._max_age_s
+        anchored = [ref for ref in refs if ref.request_id in self._anchored]
+        young = [ref for ref in refs if ref.request_id not in self._anchored and ref.logged_at_s >= oldest_s]
+        kept = within_bounds(young, max_blocks=self._max_blocks, max_bytes=self.max_bytes)
+        return sorted([*anchored, *kept], key=lambda ref: ref.sequence)
 
     def _trim(self) -> None:
-        self.refs = self.refs[-self._max_blocks :]
-        oldest = self.refs[0].file if self.refs else None
-        for path in self._files():
-            if oldest is not None and path < oldest:
+        """Drop what is not kept: whole files at once, others when half of them is dead."""
+        self.refs = self._kept()
+        alive: dict[Path, list[BlockRef]] = defaultdict(list)
+        for ref in self.refs:
+            alive[ref.file].append(ref)
+        files = self._files()
+        for path in files:
+            if not alive[path] and path != files[-1]:
                 path.unlink(missing_ok=True)
+                continue
+            # later files know of later numbers; the last one must not forget any that was given out
+            end = self._next if path == files[-1] else alive[path][-1].sequence + 1
+            live = HEAD_BYTES * (end - _first_sequence(path)) + sum(ref.size for ref in alive[path])
+            if 2 * live < path.stat().st_size:
+                self._compact(path, alive[path], end)
+
+    def _compact(self, path: Path, alive: Sequence[BlockRef], end: int) -> None:
+        """Write a file anew, up to sequence number `end`, with empty frames in the place of dropped blocks."""
+        data, by_sequence = path.read_bytes(), {ref.sequence: ref for ref in alive}
+        parts: list[bytes] = []
+        at, moved = 0, {}
+        for sequence in range(_first_sequence(path), end):
+            ref = by_sequence.get(sequence)
+            parts.append(pack(b"" if ref is None else data[ref.offset : ref.offset + ref.size]))
+            if ref is not None:
+                moved[sequence] = replace(ref, offset=at + HEAD_BYTES)
+            at += len(parts[-1])
+        replace_file(path, b"".join(parts))
+        self._torn_files.discard(path)
+        self.refs = [moved.get(ref.sequence, ref) for ref in self.refs]
 
 
-def _frame(data: bytes, offset: int) -> tuple[bytes | None, int]:
-    """Return payload and checksum of the frame at `offset`; no payload where the file ends too soon."""
-    if len(data) - offset < _FRAME.size:
-        return None, 0
-    size, checksum = _FRAME.unpack_from(data, offset)
-    payload = data[offset + _FRAME.size : offset + _FRAME.size + size]
-    return (payload if len(payload) == size else None), checksum
+def _first_sequence(path: Path) -> int:
+    return int(path.stem.removeprefix("blocks-"))
 
 
 def _readable(payload: bytes) -> VerifiedBlock | None:
@@ -227,12 +277,14 @@ def _reference(block: VerifiedBlock, sequence: int, path: Path, offset: int, siz
         file=path,
         offset=offset,
         size=size,
+        tenant=block.tenant,
+        logged_at_s=block.logged_at_s,
+        target_fingerprint=block.target_fingerprint,
+        content=_content(block),
     )
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _content(block: VerifiedBlock) -> bytes:
+    sampled = f"{block.segment} {block.sampling.temperature} {block.sampling.top_p} {block.sampling.top_k} "
+    where = f"{block.first_position} "
+    return hashlib.blake2b((sampled + where).encode() + block.token_ids, digest_size=16).digest()

@@ -1,42 +1,41 @@
 """The training loop: a LoRA on the base draft, from verified blocks, deterministic and resumable.
 
-Order, batches and initial factors follow from the seed; a checkpoint after every few seconds lets a
-killed training go on where it was.  Knows nothing about jobs, Redis or the registry.  Called by
-`distill.trainer`.
+Every learning rate is tried for the first part of the training; the one that does best on the validation
+blocks goes on to the end (`distill.trials`).  Order, batches and initial factors follow from the seed, and a
+checkpoint every few seconds lets a killed training go on where it was.  Knows nothing about jobs, Redis or
+the registry.  Called by `distill.trainer`.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 
 from adapter.contracts import Coupling, DraftsmithError, VerifiedBlock
 from adapter.settings import DistillSettings
-from distill.batches import collate, judged_states, plan_batches
-from distill.gate import score_blocks
-from distill.losses import Kind, sparse_teacher_loss
+from distill.batches import RowWeights, by_request, collate, judged_states, num_tokens, plan_batches
+from distill.factors import Factors, attach, factors_of, set_factors
+from distill.laws import lesson
+from distill.losses import LossStats, kl_share, sparse_teacher_loss
+from distill.scoring import score_blocks, weighted_mean
 from distill.selection import draw_by_segment
+from distill.trials import Trial, Trials, begin, load_trials, save_trials
+from distill.vocabulary import Vocabulary
+from kernels.packed_linear import packing_works
 
-Factors = dict[str, torch.Tensor]
-
-_ADAPTER = "default"
 _WARM_UP = 0.05
-_KL_ONLY = 0.3  # share of the training before the acceptance itself joins the loss
 _CHECKS = 12  # looks at the validation blocks in one training
 _PATIENCE = 4
 _MAX_GRAD_NORM = 1.0
 _LR_FLOOR = 0.05
+_SMOOTH = 0.9  # of the acceptance on training batches, which the schedule of the loss follows
 
 
 class TrainingError(DraftsmithError):
@@ -50,6 +49,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     loss: float | None
     holdout_acceptance: float | None
+    learning_rate: float
     eta_s: float
     tokens: int
     elapsed_s: float
@@ -66,7 +66,11 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """What came out: the best factors, and acceptance on the validation blocks before and after."""
+    """What came out: the best factors, and acceptance on the validation blocks before and after.
+
+    `rates` holds what each learning rate reached when the trials ended; `curve` the looks at the validation blocks
+    of the one that was kept, as (steps, acceptance).
+    """
 
     factors: Factors
     acceptance_before: float | None
@@ -74,19 +78,9 @@ class Tuned:
     steps: int
     tokens: int
     seconds: float
-
-
-@dataclass(slots=True)
-class _State:
-    """Everything a checkpoint holds beside factors and optimizer."""
-
-    step: int = 0
-    tokens: int = 0
-    elapsed_s: float = 0.0
-    before: float | None = None
-    best: float | None = None
-    best_factors: Factors = field(default_factory=dict)
-    stale_checks: int = 0
+    learning_rate: float
+    rates: dict[str, float | None]
+    curve: list[tuple[int, float]]
 
 
 def train(
@@ -96,6 +90,7 @@ def train(
     settings: DistillSettings,
     *,
     coupling: Coupling = "gumbel",
+    allowed: torch.Tensor | None = None,
     start: Factors | None = None,
     checkpoint: Path | None = None,
     checkpoint_every_s: float = 15.0,
@@ -104,167 +99,153 @@ def train(
 ) -> Tuned:
     """Train factors for the modules in `shapes` ({name: (out, in)}) on `material`.
 
-    `model` is the base draft in float32; it is left with the best factors attached, unmerged.
+    `model` is the base draft in float32; it is left with the best factors attached, unmerged.  `allowed` [size]
+    are the tokens it scores when serving, ascending; None for all.
 
     Raises:
         TrainingError: there is nothing to train on, or the loss stopped being finite.
     """
     if not material.fresh and not material.replay:
         raise TrainingError("there are no logged blocks to train on; serve some requests first")
-    tuned = attach(model, shapes, settings, start)
-    head = model.get_output_embeddings().weight.detach()
-    parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    plan = _plan(material, settings)
-    state = _resume(checkpoint, tuned, optimizer) or _State()
-    began, saved = clock() - state.elapsed_s, clock()
-    every = max(1, len(plan) // _CHECKS)
-
-    def check() -> None:
-        score = _mean_score(model, head, material.validation, coupling)
-        state.before = score if state.before is None else state.before
-        if score is None or state.best is None or score > state.best:
-            state.best, state.best_factors, state.stale_checks = score, factors_of(tuned), 0
-        else:
-            state.stale_checks += 1
-
-    if state.step == 0:
-        check()
-    while state.step < len(plan) and state.elapsed_s < settings.max_seconds and state.stale_checks < _PATIENCE:
-        done = max(state.step / len(plan), state.elapsed_s / settings.max_seconds)
-        loss, tokens = _step(model, head, parameters, optimizer, plan[state.step], settings, done, state.step)
-        state.step += 1
-        state.tokens += tokens
-        if state.step % every == 0 or state.step == len(plan):
-            check()
-        state.elapsed_s = clock() - began
-        if checkpoint is not None and clock() - saved >= checkpoint_every_s:
-            _save(checkpoint, state, tuned, optimizer)
-            saved = clock()
-        report(_progress(state, len(plan), loss))
-    if state.step % every and state.step < len(plan) and state.stale_checks < _PATIENCE:  # time ran out
-        check()
-    set_factors(tuned, state.best_factors)
-    return Tuned(state.best_factors, state.before, state.best, state.step, state.tokens, state.elapsed_s)
-
-
-def attach(model: Any, shapes: dict[str, tuple[int, int]], settings: DistillSettings, start: Factors | None) -> Any:
-    """Put a LoRA on the named modules in place, from `start` or from seeded A and zero B; return the model."""
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=sorted(shapes), lora_dropout=0.0, bias="none"
+    return _Training(model, shapes, material, settings, coupling, allowed, start, checkpoint).run(
+        checkpoint_every_s, report, clock
     )
-    tuned = inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
-    set_factors(tuned, start or initial_factors(shapes, settings.rank, settings.seed))
-    return tuned
 
 
-def initial_factors(shapes: dict[str, tuple[int, int]], rank: int, seed: int) -> Factors:
-    """Draw A uniformly within ±1/√in and set B to zero, so that training starts at the base draft."""
-    generator = torch.Generator().manual_seed(seed)
-    factors: Factors = {}
-    for name, (out_features, in_features) in sorted(shapes.items()):
-        noise = torch.rand(rank, in_features, generator=generator) * 2 - 1
-        factors[f"{name}.lora_A"] = noise / math.sqrt(in_features)
-        factors[f"{name}.lora_B"] = torch.zeros(out_features, rank)
-    return factors
+class _Training:
+    """One model, several trials that take turns with it."""
+
+    def __init__(
+        self, model: Any, shapes: dict[str, tuple[int, int]], material: Material, settings: DistillSettings,
+        coupling: Coupling, allowed: torch.Tensor | None, start: Factors | None, checkpoint: Path | None,
+    ) -> None:  # fmt: skip
+        self._settings, self._material, self._coupling, self._allowed = settings, material, coupling, allowed
+        self._checkpoint = checkpoint
+        full_head = model.get_output_embeddings().weight.detach()
+        self._vocabulary = Vocabulary(allowed, full_head.shape[0])
+        self._full_head, self._head = full_head, self._vocabulary.head_of(full_head)
+        self._model = attach(model, shapes, rank=settings.rank, alpha=settings.alpha, seed=settings.seed, start=start)
+        self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._plan = plan_steps(material, settings)
+        self._weights = RowWeights(rejected=settings.rejected_weight, accepted=settings.accepted_weight)
+        self._half = settings.half_precision and packing_works()
+        self._every = max(1, len(self._plan) // _CHECKS)
+        rates = settings.learning_rates
+        self._trials = Trials(
+            load_trials(checkpoint, rates) or begin(rates, factors_of(self._model)), steps=len(self._plan),
+            max_seconds=settings.max_seconds, share=settings.trial_share, patience=_PATIENCE,
+        )  # fmt: skip
+
+    def run(self, checkpoint_every_s: float, report: Callable[[Progress], None], clock: Callable[[], float]) -> Tuned:
+        """Try every rate, then follow the best one to its end."""
+        trials, saved = self._trials, clock()
+        for trial in trials.turns():
+            optimizer = self._take_up(trial)
+            began = clock() - trial.elapsed_s
+            while trials.goes_on(trial):
+                loss, tokens = self._step(trial, optimizer)
+                trial.step += 1
+                trial.tokens += tokens
+                trial.elapsed_s = clock() - began
+                if trial.step % self._every == 0 or not trials.goes_on(trial):
+                    self._check(trial)
+                if self._checkpoint is not None and clock() - saved >= checkpoint_every_s:
+                    self._put_down(trial, optimizer)
+                    save_trials(self._checkpoint, trials.all)
+                    saved = clock()
+                report(self._progress(trial, loss))
+            self._put_down(trial, optimizer)
+        best = trials.best
+        set_factors(self._model, best.best_factors)
+        return Tuned(
+            best.best_factors, best.before, best.best, best.step, sum(item.tokens for item in trials.all),
+            sum(item.elapsed_s for item in trials.all), best.learning_rate,
+            {f"{item.learning_rate:g}": item.at_trial for item in trials.all}, best.curve,
+        )  # fmt: skip
+
+    def _take_up(self, trial: Trial) -> torch.optim.Optimizer:
+        """Put a trial's factors into the model and bring its optimizer back."""
+        set_factors(self._model, trial.factors)
+        optimizer = torch.optim.AdamW(self._parameters, lr=trial.learning_rate, weight_decay=0.0)
+        if trial.optimizer is not None:
+            optimizer.load_state_dict(trial.optimizer)
+        if trial.step == 0:
+            self._check(trial)
+        return optimizer
+
+    def _put_down(self, trial: Trial, optimizer: torch.optim.Optimizer) -> None:
+        trial.factors, trial.optimizer = factors_of(self._model), optimizer.state_dict()
+
+    def _check(self, trial: Trial) -> None:
+        known = self._trials.all[0].before if trial.step == 0 else None  # all begin alike
+        score = known if known is not None else self._score()
+        trial.before = score if trial.before is None else trial.before
+        if score is not None and trial.step:
+            trial.curve.append((trial.step, score))
+        if score is None or trial.best is None or score > trial.best:
+            trial.best, trial.best_factors, trial.stale_checks = score, factors_of(self._model), 0
+        else:
+            trial.stale_checks += 1
+
+    def _score(self) -> float | None:
+        blocks = self._material.validation
+        return weighted_mean(blocks, score_blocks(self._model, self._full_head, blocks, self._coupling, self._allowed))
+
+    def _step(self, trial: Trial, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
+        """Run one optimizer step; return its loss and how many tokens it read."""
+        settings, done = self._settings, self._trials.done(trial)
+        warm = min(1.0, done / _WARM_UP + 0.1)
+        rate = trial.learning_rate * warm * max(_LR_FLOOR, 0.5 * (1 + math.cos(math.pi * done)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = collate(self._plan[trial.step], self._weights)
+        share = kl_share(settings.loss, done=done, acceptance=trial.acceptance)
+        loss, stats = self._loss(batch, share)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRAD_NORM)
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise TrainingError(
+                f"the loss is {loss.item()} with gradient norm {norm.item()} at step {trial.step + 1}; nothing was "
+                f"published. Lower distill.learning_rates (now {trial.learning_rate:g}) or look at the logged blocks"
+            )
+        optimizer.step()
+        known = trial.acceptance
+        trial.acceptance = stats.acceptance if known is None else _SMOOTH * known + (1 - _SMOOTH) * stats.acceptance
+        return loss.item(), batch.token_ids.numel()
+
+    def _loss(self, batch: Any, share: float) -> tuple[torch.Tensor, LossStats]:
+        taught = lesson(batch, self._vocabulary, self._settings.greedy_temperature)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._half):
+            states = judged_states(self._model, batch)
+        states = states.float() / taught.heat[:, None]
+        return sparse_teacher_loss(
+            states, self._head, taught.ids, taught.logprobs, batch.weights, kind="blend", blend=share
+        )
+
+    def _progress(self, trial: Trial, loss: float) -> Progress:
+        trials = self._trials
+        elapsed_s = sum(item.elapsed_s for item in trials.all)
+        return Progress(
+            step=trials.steps_done, steps=trials.steps_planned, loss=loss, holdout_acceptance=trial.best,
+            learning_rate=trial.learning_rate, tokens=sum(item.tokens for item in trials.all),
+            eta_s=elapsed_s / max(1, trials.steps_done) * (trials.steps_planned - trials.steps_done),
+            elapsed_s=elapsed_s,
+        )  # fmt: skip
 
 
-def factors_of(tuned: Any) -> Factors:
-    """Copy the factors out of a model, under their artifact names."""
-    return {name: weight.detach().float().clone() for name, weight in _factor_weights(tuned).items()}
+def plan_steps(material: Material, settings: DistillSettings) -> list[list[VerifiedBlock]]:
+    """Lay out every batch of the training: each pass sees all fresh blocks and another draw of replay.
 
-
-@torch.no_grad()
-def set_factors(tuned: Any, factors: Factors) -> None:
-    """Write factors into a model."""
-    for name, weight in _factor_weights(tuned).items():
-        weight.copy_(factors[name])
-
-
-def _factor_weights(tuned: Any) -> Factors:
-    found: Factors = {}
-    for name, module in tuned.named_modules():
-        if isinstance(module, LoraLayer):
-            found[f"{name}.lora_A"] = module.lora_A[_ADAPTER].weight
-            found[f"{name}.lora_B"] = module.lora_B[_ADAPTER].weight
-    return found
-
-
-def _plan(material: Material, settings: DistillSettings) -> list[list[VerifiedBlock]]:
-    """Lay out every batch of the training: each pass sees all fresh blocks and another draw of replay."""
+    Blocks of a request stay together, so that `collate` can join them.
+    """
     fresh = list(material.fresh)
     wanted = round(len(fresh) * settings.replay_share / (1 - settings.replay_share)) if fresh else len(material.replay)
     steps: list[list[VerifiedBlock]] = []
     for epoch in range(math.ceil(settings.epochs)):
-        items = fresh + draw_by_segment(material.replay, wanted, seed=settings.seed + epoch)
-        lengths = [len(block.token_ids) // 4 for block in items]
-        groups = plan_batches(lengths, settings.batch_tokens, f"{settings.seed}:{epoch}")
+        items = by_request(fresh + draw_by_segment(material.replay, wanted, seed=settings.seed + epoch))
+        groups = plan_batches([num_tokens(item) for item in items], settings.batch_tokens, f"{settings.seed}:{epoch}")
         part = min(1.0, settings.epochs - epoch)
-        steps += [[items[i] for i in group] for group in groups[: math.ceil(part * len(groups))]]
+        batches = [[block for i in group for block in items[i]] for group in groups]
+        steps += batches[: math.ceil(part * len(batches))]
     return steps
-
-
-def _step(
-    model: Any,
-    head: torch.Tensor,
-    parameters: list[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    blocks: list[VerifiedBlock],
-    settings: DistillSettings,
-    done: float,
-    step: int,
-) -> tuple[float, int]:
-    """Run one optimizer step; return its loss and how many tokens it read."""
-    warm = min(1.0, done / _WARM_UP + 0.1)
-    for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate * warm * max(_LR_FLOOR, 0.5 * (1 + math.cos(math.pi * done)))
-    kind: Kind = "kl" if done < _KL_ONLY else "blend"
-    batch = collate(blocks, rejected_weight=settings.rejected_weight)
-    states = judged_states(model, batch)
-    loss, _ = sparse_teacher_loss(states, head, batch.topk_ids, batch.topk_logprobs, batch.weights, kind=kind)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
-    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-        raise TrainingError(
-            f"the loss is {loss.item()} with gradient norm {norm.item()} at step {step + 1}; nothing was published. "
-            f"Lower distill.learning_rate (now {settings.learning_rate:g}) or look at the logged blocks"
-        )
-    optimizer.step()
-    return loss.item(), batch.token_ids.numel()
-
-
-def _mean_score(model: Any, head: torch.Tensor, blocks: Sequence[VerifiedBlock], coupling: Coupling) -> float | None:
-    if not blocks:
-        return None
-    return float(np.concatenate(score_blocks(model, head, blocks, coupling)).mean())
-
-
-def _progress(state: _State, steps: int, loss: float) -> Progress:
-    return Progress(
-        step=state.step,
-        steps=steps,
-        loss=loss,
-        holdout_acceptance=state.best,
-        eta_s=state.elapsed_s / state.step * (steps - state.step),
-        tokens=state.tokens,
-        elapsed_s=state.elapsed_s,
-    )
-
-
-def _save(path: Path, state: _State, tuned: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Write a checkpoint beside and rename it, so that a kill leaves the old or the new one."""
-    content = {name: getattr(state, name) for name in _State.__slots__}
-    content |= {"factors": factors_of(tuned), "optimizer": optimizer.state_dict()}
-    temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
-
-
-def _resume(path: Path | None, tuned: Any, optimizer: torch.optim.Optimizer) -> _State | None:
-    if path is None or not path.exists():
-        return None
-    content = torch.load(path, weights_only=True)
-    set_factors(tuned, content.pop("factors"))
-    optimizer.load_state_dict(content.pop("optimizer"))
-    return _State(**content)

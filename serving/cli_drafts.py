@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from adapter.contracts import RegistryError
+from adapter.facts import PAYOFF, Facts
 from adapter.hints import announcer
+from adapter.jobs import Jobs
 from adapter.registry import Registry
 from adapter.settings import load_settings
 from adapter.versions import Draft, Live
@@ -26,19 +29,24 @@ console = Console()
 @app.command("list")
 def list_drafts(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """List every version, newest first."""
-    registry = open_registry(data_dir)
+    engine = open_deployment(load_settings(data_dir=data_dir))
+    registry, accounts = Registry(engine), Facts(engine).get(PAYOFF) or {}
     live, drafts = registry.live(), registry.drafts()
     if as_json:
-        rows = [{**_plain(draft), "alias": _alias(draft.version, live)} for draft in drafts]
+        rows = [
+            {**_plain(draft), "alias": _alias(draft.version, live), "payoff": accounts.get(str(draft.version))}
+            for draft in drafts
+        ]
         typer.echo(json.dumps({"generation": live.generation, "drafts": rows}, indent=2))
         return
-    table = Table("version", "alias", "state", "parent", "size", "created by", "verdict", box=None, header_style="bold")
+    columns = ("version", "alias", "state", "parent", "size", "created by", "training for saved", "verdict")
+    table = Table(*columns, box=None, header_style="bold")
     for draft in drafts:
         size = f"{draft.artifact_bytes / 1e6:.1f} MB" if draft.artifact_bytes else "–"
         parent = "–" if draft.parent is None else str(draft.parent)
         table.add_row(
             str(draft.version), _alias(draft.version, live), draft.state, parent, size, escape(draft.created_by),
-            escape(draft.reason),
+            _price(accounts.get(str(draft.version))), escape(draft.reason),
         )  # fmt: skip
     console.print(table)
 
@@ -78,6 +86,18 @@ def rollback(
     say_live(console, Registry.noun, live, as_json)
 
 
+@app.command()
+def train(data_dir: DataDir = None, reason: Reason = "asked for on the command line", as_json: AsJson = False) -> None:
+    """Ask for a training now; this also resumes an adaptation that has stopped itself."""
+    job = Jobs(open_deployment(load_settings(data_dir=data_dir))).request(reason=reason, requested_by=actor())
+    if job is None:
+        raise RegistryError("a training is open already; `draftsmith status` shows it")
+    if as_json:
+        typer.echo(json.dumps({"job": job.id}))
+    else:
+        console.print(f"training {job.id} waits for a worker; `draftsmith status` shows how it goes")
+
+
 def open_registry(data_dir: Path | None) -> Registry:
     """Open the registry of a deployment that exists.
 
@@ -91,6 +111,14 @@ def open_registry(data_dir: Path | None) -> Registry:
 def _alias(version: int, live: Live) -> str:
     names = alias_names(version, live)
     return " ".join([*names, "floor"] if version == 0 else names)
+
+
+def _price(account: dict[str, Any] | None) -> str:
+    """Say what a version's trainings took and what it saved; a dash where it was never live."""
+    if account is None:
+        return "–"
+    saved = "unknown" if account["saved_s"] is None else f"{account['saved_s']:,.0f} s"
+    return f"{account['training_s']:,.0f} s for {saved}"
 
 
 def _plain(draft: Draft) -> dict[str, Any]:

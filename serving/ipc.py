@@ -40,6 +40,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     grammar: Grammar | None = None
     logprobs: int | None = None  # alternatives reported a token; 0 reports the chosen one only
     priority: int = 0  # lower runs first
+    tenant: str = ""  # whose request it is, without a name
+    learn: bool = True  # whether it may be logged for training
     cache_salt: str = ""  # requests share cached prefixes only with the same salt
 
 

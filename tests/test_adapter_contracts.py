@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from adapter.contracts import (
     Counts,
     RequestOutcome,
     Sampling,
+    Verdict,
     VerifiedBlock,
     VersionCounts,
     VersionSpan,
@@ -58,6 +60,8 @@ def blocks(draw: st.DrawFn) -> VerifiedBlock:
         topk_logprobs=generator.standard_normal((n, k)).astype("<f2").tobytes(),
         tail_mass=generator.random(n).astype("<f4").tobytes(),
         logged_at_s=draw(seconds),
+        tenant=draw(st.text(max_size=20)),
+        keep_probability=draw(st.floats(0, 1, exclude_min=True)),
     )
 
 
@@ -173,8 +177,50 @@ def test_values_without_a_meaning_are_refused(change: dict[str, Any]) -> None:
 def test_a_newer_schema_is_refused_by_number() -> None:
     """A reader says which schema it met and which one it reads."""
     newer = dataclasses.replace(good_block(), schema=7)
-    with pytest.raises(WireError, match=f"has schema 7; this build reads {SCHEMA_VERSION}"):
+    with pytest.raises(WireError, match=f"has schema 7; this build reads 1 and {SCHEMA_VERSION}"):
         block_from_wire(to_wire(newer))
+
+
+def test_what_was_written_before_sampling_stands_for_itself() -> None:
+    """A block of schema 1 has neither tenant nor chance: every record of it was kept and weighs 1."""
+    old = msgspec.msgpack.decode(to_wire(dataclasses.replace(good_block(), schema=1)))
+    del old["tenant"], old["keep_probability"]
+    read = block_from_wire(msgspec.msgpack.encode(old))
+    assert (read.tenant, read.keep_probability, read.row_weights().tolist()) == ("", 1.0, [1.0])
+
+
+@pytest.mark.parametrize("chance", [0.0, -0.1, 1.0001, float("nan"), float("inf")])
+def test_a_chance_that_is_none_is_refused(chance: float) -> None:
+    """What is not above 0 and at most 1 is named."""
+    with pytest.raises(WireError, match="keep_probability is .*; expected above 0, at most 1"):
+        block_from_wire(to_wire(dataclasses.replace(good_block(), keep_probability=chance)))
+
+
+@pytest.mark.parametrize("places", [[12, 12], [13, 12], [2**32 - 1, 12]])
+def test_positions_rise_strictly(places: list[int]) -> None:
+    """A position that comes twice or goes back is refused, whatever the difference overflows to."""
+    two = {name: getattr(good_block(), name) * 2 for name in
+           ("verdicts", "draft_ids", "draft_logprobs", "topk_ids", "topk_logprobs", "tail_mass")}  # fmt: skip
+    bad = dataclasses.replace(good_block(), positions=np.array(places, "<u4").tobytes(), **two)
+    with pytest.raises(WireError, match="positions do not rise"):
+        block_from_wire(to_wire(bad))
+
+
+def test_weighted_sums_are_those_of_everything() -> None:
+    """What is kept by chance, weighted, counts as many positions as there were.
+
+    n = 20,000 positions, a third of them rejected, chance 0.25, seed 5; the bound is five standard deviations of the
+    weighted count, sqrt(n (1 - p) / p) over the positions that were not rejected.
+    """
+    generator = np.random.default_rng(5)
+    verdicts = generator.integers(0, 3, 20_000)
+    kept = verdicts[(verdicts == Verdict.REJECTED) | (generator.random(20_000) < 0.25)]
+    block = dataclasses.replace(good_block(), verdicts=kept.astype("u1").tobytes(), keep_probability=0.25)
+    weights = block.row_weights()
+    assert set(weights[kept == Verdict.REJECTED]) == {1.0}
+    for verdict in (Verdict.ACCEPTED, Verdict.UNDRAFTED):
+        count = int((verdicts == verdict).sum())
+        assert abs(weights[kept == verdict].sum() - count) < 5 * (count * 0.75 / 0.25) ** 0.5
 
 
 def test_rates_come_from_counts() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine
 
 from adapter.contracts import RegistryError
+from adapter.database import migrate, open_database
 from adapter.jobs import MAX_ATTEMPTS, Job, Jobs
 
 
@@ -55,6 +57,55 @@ def test_one_open_job_at_a_time(jobs: Jobs) -> None:
 
     assert jobs.finish(job.id, running.epoch, result={"version": 1})
     assert jobs.request(reason="again", requested_by="ana") is not None
+
+
+def test_a_job_names_the_segments_it_is_about(jobs: Jobs) -> None:
+    """They come back as they were given, from every way to read a job; none is the default."""
+    job = jobs.request(reason="drift", requested_by="watcher", segments=["chat", "code"])
+    assert job is not None
+    running = claimed(jobs, job.id)
+    assert {job.segments, running.segments, jobs.get(job.id).segments, jobs.latest()[0].segments} == {("chat", "code")}
+    assert jobs.finish(job.id, running.epoch, result={})
+    assert queued(jobs).segments == ()
+
+
+def test_jobs_since_a_time_are_those_that_touched_it(jobs: Jobs, clock: Clock) -> None:
+    """A job counts when it was requested, began or ended after that time; oldest first."""
+    for _ in range(2):
+        job = queued(jobs)
+        clock.now_s += 10
+        running = claimed(jobs, job.id)
+        clock.now_s += 10
+        jobs.finish(job.id, running.epoch, result={})
+    first, second = reversed(jobs.latest())
+    assert [job.id for job in jobs.since(999.0)] == [first.id, second.id]
+    assert [job.id for job in jobs.since(1015.0)] == [first.id, second.id]
+    assert [job.id for job in jobs.since(1020.0)] == [second.id]
+    assert jobs.since(1040.0) == []
+
+
+def test_jobs_of_before_segments_were_kept_have_none(tmp_path: Path) -> None:
+    """A database of the second migration is brought up to date with its jobs."""
+    database = open_database(f"sqlite:///{tmp_path / 'old.db'}")
+    migrate(database)
+    with database.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE jobs DROP COLUMN segments")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0002'")
+        connection.exec_driver_sql(
+            "INSERT INTO jobs (id, state, reason, requested_by, created_at_s, attempts, epoch, progress, result) "
+            "VALUES ('j', 'done', 'r', 'w', 1.0, 1, 1, '{}', '{}')"
+        )
+    migrate(database)
+    assert [(job.id, job.segments) for job in Jobs(database).latest()] == [("j", ())]
+    database.dispose()
+
+
+def test_a_cancelled_job_says_why(jobs: Jobs) -> None:
+    """An operator is the default."""
+    for words in ("no worker took it", None):
+        job = queued(jobs)
+        jobs.cancel(job.id, words) if words else jobs.cancel(job.id)
+        assert jobs.get(job.id).error == (words or "cancelled by an operator")
 
 
 def test_concurrent_requests_make_one_job(jobs: Jobs) -> None:

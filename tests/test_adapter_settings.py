@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from kombu import Connection
 
 from adapter.contracts import SettingsError
 from adapter.settings import DEFAULT_TARGET, Settings, child_environment, load_settings
+from adapter.streams import connect, wait_until_up
+from serving.valkey import valkey_command
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +37,33 @@ def test_without_an_environment_everything_has_a_default(tmp_path: Path) -> None
     assert f"sqlite:///{settings.data_dir}/draftsmith.db" == settings.database
     assert settings.redis == f"unix://{settings.run_dir}/valkey.sock"
     assert settings.broker.startswith("redis+socket:///")
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a%41b", "a b"])
+def test_a_folder_of_any_name_has_a_server_that_is_found(tmp_path: Path, name: str) -> None:
+    """The bundled Valkey listens where redis-py and Celery's transport look for it, whatever the folder is called."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # a socket's path has 107 bytes
+        settings = load_settings(data_dir=Path(short) / name)
+        settings.run_dir.mkdir(parents=True)
+        process = subprocess.Popen(valkey_command(settings), stdout=subprocess.DEVNULL)
+        try:
+            with contextlib.closing(connect(settings.redis, 1.0)) as client:
+                assert wait_until_up(client, 20.0)
+            with Connection(settings.broker) as broker:
+                assert broker.default_channel.client.ping()
+        finally:
+            process.terminate()
+            process.wait(10)
+        assert {"run", "valkey"} == {path.name for path in settings.data_dir.iterdir()}
+
+
+def test_a_problem_is_named_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came by a flag is named by the flag, what came by the environment by the setting."""
+    with pytest.raises(SettingsError, match=r"--dashboard-port = 99999: expected less than or equal to 65535"):
+        load_settings(dashboard_port=99999)
+    monkeypatch.setenv("DRAFTSMITH_PORT", "70000")
+    with pytest.raises(SettingsError, match=r"  port = '70000': expected less"):
+        load_settings()
 
 
 def test_the_environment_is_read_by_section(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,18 +20,23 @@ from distill.selection import draw_by_segment, part_of, select
 TARGET = "t" * 64
 
 
-def _block(request: int, *, segment: str = "chat", target: str = TARGET, records: int = 2) -> VerifiedBlock:
+def _block(
+    request: int, *, segment: str = "chat", target: str = TARGET, records: int = 2, tenant: str = "",
+    at_s: float | None = None,
+) -> VerifiedBlock:  # fmt: skip
     import numpy as np
 
+    tokens = np.arange(2 + records)
+    tokens[:2] = request % 16, request // 16 % 16
     return VerifiedBlock(
         schema=SCHEMA_VERSION, request_id=f"r{request}", segment=segment, target_fingerprint=target,
         coupling="gumbel", sampling=Sampling(), prompt_tokens=2, first_position=0, versions=(), top_k=2,
-        token_ids=np.arange(2 + records).astype("<u4").tobytes(),
+        token_ids=tokens.astype("<u4").tobytes(),
         positions=np.arange(2, 2 + records).astype("<u4").tobytes(), verdicts=b"\1" * records,
         draft_ids=b"\0" * 4 * records, draft_logprobs=b"\0" * 4 * records,
         topk_ids=np.tile([1, 2], records).astype("<u4").tobytes(),
         topk_logprobs=np.full(2 * records, -1.0).astype("<f2").tobytes(),
-        tail_mass=b"\0" * 4 * records, logged_at_s=float(request),
+        tail_mass=b"\0" * 4 * records, logged_at_s=float(request) if at_s is None else at_s, tenant=tenant,
     )  # fmt: skip
 
 
@@ -146,6 +151,119 @@ def test_drawing_by_segment_does_not_lose_rare_traffic():
     assert drawn == draw_by_segment(blocks, 8, seed=1)
 
 
+def test_what_says_the_same_again_is_stored_once(tmp_path):
+    """Another request with the same tokens teaches nothing new; in another segment or temperature it does."""
+    first = _block(1)
+    same = dataclasses.replace(first, request_id="again")
+    elsewhere = dataclasses.replace(first, request_id="elsewhere", segment="code")
+    hotter = dataclasses.replace(first, request_id="hotter", sampling=Sampling(temperature=0.5))
+    store = _store(tmp_path, [first, same, elsewhere, hotter])
+    assert _requests(store) == ["r1", "elsewhere", "hotter"]
+
+
+def test_a_full_store_takes_from_the_segment_that_holds_most(tmp_path):
+    """Bounded by bytes, a flood in one segment pushes out its own oldest blocks and nothing of a rare segment."""
+    size = len(to_wire(_block(1)))
+    store = ReplayStore(tmp_path / "replay", max_blocks=10**6, max_bytes=20 * size + size // 2)
+    blocks = [_block(i, segment="rare") for i in range(5)] + [_block(10 + i) for i in range(90)]
+    for block in blocks:
+        store.append([(block, to_wire(block))])
+    again = ReplayStore(tmp_path / "replay", max_blocks=10**6, max_bytes=20 * size + size // 2)
+    for one in (store, again):
+        assert [ref.request_id for ref in one.refs if ref.segment == "rare"] == [f"r{i}" for i in range(5)]
+        held = [ref.request_id for ref in one.refs if ref.segment == "chat"]
+        assert held == [f"r{i}" for i in range(100 - len(held), 100)]
+        assert sum(ref.size for ref in one.refs) <= 20 * size + size // 2
+    assert [again.load(ref).request_id for ref in again.refs] == _requests(again)
+
+
+def test_old_blocks_go_and_sequence_numbers_never_come_back(tmp_path):
+    """Past their age blocks are dropped, files are cut to what lives, and a new block has a new number."""
+    now = [100.0]
+
+    def opened() -> ReplayStore:
+        return ReplayStore(tmp_path / "replay", max_blocks=1000, max_age_s=50.0, clock=lambda: now[0])
+
+    store = opened()
+    blocks = [_block(i, at_s=60.0 + i) for i in range(40)]
+    store.append([(block, to_wire(block)) for block in blocks])
+    before = sum(path.stat().st_size for path in (tmp_path / "replay").glob("*.bin"))
+    now[0] = 145.0  # those logged before 95 are too old: 35 of 40
+    store.append([(_block(99, at_s=140.0), to_wire(_block(99, at_s=140.0)))])
+    assert [ref.sequence for ref in store.refs] == [36, 37, 38, 39, 40, 41]
+    assert sum(path.stat().st_size for path in (tmp_path / "replay").glob("*.bin")) < before / 2
+    again = opened()
+    assert [(ref.sequence, again.load(ref).request_id) for ref in again.refs] == [
+        (ref.sequence, store.load(ref).request_id) for ref in store.refs
+    ]
+    now[0] = 1000.0
+    store = opened()
+    store.append([(_block(100, at_s=990.0), to_wire(_block(100, at_s=990.0)))])
+    assert [ref.sequence for ref in opened().refs] == [42]
+
+
+def test_the_anchor_set_is_fixed_and_nobody_learns_from_it(tmp_path):
+    """Once chosen, anchors stay through floods and later choices, and are in no other part."""
+    settings = DistillSettings(min_requests=20, anchor_requests=3)
+    store = _store(tmp_path, [_block(i) for i in range(100)], max_blocks=120)
+    first = select(store, settings)
+    name = {ref.sequence: ref.request_id for ref in store.refs}
+    anchors = {name[sequence] for sequence in first.anchor}
+    assert len(anchors) == 3
+    flood = [_block(i) for i in range(100, 240)]
+    store.append([(block, to_wire(block)) for block in flood])
+    store.mark(store.refs[-1].sequence)
+    again = ReplayStore(tmp_path / "replay", max_blocks=120)
+    second = select(again, settings)
+    name = {ref.sequence: ref.request_id for ref in again.refs}
+    assert {name[sequence] for sequence in second.anchor} == anchors
+    for part in (second.fresh, second.replay, second.validation, second.gate):
+        assert not anchors & {name[sequence] for sequence in part}
+    assert min(again.refs, key=lambda ref: ref.sequence).request_id in anchors  # older than all else that is left
+
+
+def test_what_was_trained_on_never_becomes_an_anchor(tmp_path):
+    """With the anchor set empty and everything marked as used, nothing joins it."""
+    store = _store(tmp_path, [_block(i) for i in range(100)])
+    store.mark(store.refs[-1].sequence)
+    assert select(store, DistillSettings(min_requests=20)).anchor == ()
+
+
+def test_one_tenant_cannot_supply_most_of_a_training(tmp_path):
+    """A tenant with nine tenths of the traffic is cut to the other's share, but not below what a training needs.
+
+    Alone it is not cut at all.
+    """
+    loud = [_block(i, tenant="loud") for i in range(90)]
+    quiet = [_block(100 + i, tenant="quiet") for i in range(10)]
+    settings = DistillSettings(min_requests=1, anchor_requests=0, tenant_share=0.5)
+    store = _store(tmp_path, [*loud, *quiet], max_blocks=1000)
+    chosen = select(store, settings)
+    tenant = {ref.sequence: ref.tenant for ref in store.refs}
+    supplied = [tenant[sequence] for sequence in chosen.fresh]
+    assert supplied.count("loud") == supplied.count("quiet") > 0
+    assert chosen.capped > 50
+    needed = select(store, settings.model_copy(update={"min_requests": 20}))
+    assert [tenant[sequence] for sequence in needed.fresh].count("loud") == 20
+    alone = select(_store(tmp_path / "alone", loud, max_blocks=1000), settings)
+    assert len(alone.fresh) > 50
+    assert alone.capped == 0
+
+
+def test_younger_blocks_are_drawn_earlier():
+    """A block one half-life old is the first of two as often as one draw in three says.
+
+    n = 3,000 seeds; the bound is five standard errors of a share of one third.
+    """
+    blocks = [_block(1), _block(2)]
+    weights = {"r1": 0.5, "r2": 1.0}
+    first = [
+        draw_by_segment(blocks, 1, seed=seed, weight=lambda block: weights[block.request_id])[0].request_id
+        for seed in range(3000)
+    ]
+    assert abs(first.count("r1") / 3000 - 1 / 3) < 5 * (2 / 9 / 3000) ** 0.5
+
+
 def test_bad_entries_go_to_the_dead_letter_stream_and_good_ones_through(tmp_path, valkey_client):
     """Garbage, an unknown schema, another target, NaN and foreign ids are buried with a reason each."""
     good = [_block(i) for i in range(5)]
@@ -158,6 +276,8 @@ def test_bad_entries_go_to_the_dead_letter_stream_and_good_ones_through(tmp_path
         to_wire(nan),
         to_wire(dataclasses.replace(_block(9), topk_ids=b"\xff" * 16)),
         to_wire(dataclasses.replace(_block(10), topk_logprobs=b"")),
+        to_wire(dataclasses.replace(_block(11), keep_probability=0.0)),
+        to_wire(dataclasses.replace(_block(12), positions=_block(12).positions[:4] * 2)),
     ]
     for payload in [to_wire(good[0]), *bad, *map(to_wire, good[1:])]:
         valkey_client.xadd(keys.BLOCKS, {keys.PAYLOAD_FIELD: payload})

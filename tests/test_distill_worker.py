@@ -26,7 +26,15 @@ from adapter.wire import to_wire
 from distill import tasks
 
 QUICK = DistillSettings(
-    epochs=1, batch_tokens=256, rank=8, alpha=16, learning_rate=5e-3, min_requests=20, holdout_share=0.3, lease_s=3
+    epochs=1,
+    batch_tokens=256,
+    rank=8,
+    alpha=16,
+    learning_rates=(5e-3,),
+    min_requests=20,
+    holdout_share=0.3,
+    lease_s=3,
+    replay_age_s=1e12,
 )
 START_S = 60.0  # a trainer imports torch first, on a machine that may be busy
 

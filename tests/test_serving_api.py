@@ -339,6 +339,8 @@ def test_wrong_model_too_long_bad_json_unknown_path(service):
     body = {"model": MODEL, "prompt": "a"}
     response = service.post("/v1/completions", body, headers={"x-draftsmith-segment": "a b"})
     _assert_error(response, 400, "x-draftsmith-segment")
+    response = service.post("/v1/completions", body, headers={"x-draftsmith-learning": "no"})
+    _assert_error(response, 400, "x-draftsmith-learning", "on or off")
 
 
 def test_openai_raises_its_own_errors(client):

@@ -181,3 +181,42 @@ def test_logging_can_be_switched_off(rig):
     assert rig.run(second) == said
     assert not rig.log.blocks
     assert not rig.log.outcomes
+
+
+def test_rejections_are_all_logged_and_others_by_chance(rig, logged):
+    """With a share of 0.3, what is logged is a subset of everything: all rejections, and of the rest as many as chance
+    says; a flush elsewhere draws the same ones.
+
+    n = about 150 positions that were not rejected, the requests' own seeds; the bound is four standard errors.
+    """
+
+    def run(flush_tokens: int, share: float) -> dict[tuple[str, int], int]:
+        rig.collect(LogSettings(top_k=TOP_K, flush_tokens=flush_tokens, max_context_tokens=32, accepted_share=share))
+        rig.run(_items(rig))
+        found = {}
+        for block in rig.log.blocks:
+            assert block.keep_probability == share
+            assert len(block.array("topk_ids")) == len(block.array("tail_mass")) == block.num_records > 0
+            for position, verdict in zip(block.array("positions"), block.array("verdicts"), strict=True):
+                found[block.request_id, int(position)] = int(verdict)
+        return found
+
+    whole, thin, again = run(16, 1.0), run(16, 0.3), run(64, 0.3)
+    assert thin == again
+    assert thin.items() <= whole.items()
+    rejected = {key for key, verdict in whole.items() if verdict == Verdict.REJECTED}
+    assert rejected
+    assert rejected <= thin.keys()
+    others, drawn = len(whole) - len(rejected), len(thin) - len(rejected)
+    assert abs(drawn / others - 0.3) < 4 * (0.21 / others) ** 0.5
+
+
+def test_who_opts_out_is_not_logged_but_still_counted(rig):
+    """A request that must not be learned from leaves no block, and its outcome all the same; tenants are noted."""
+    rig.collect(LogSettings(top_k=TOP_K, flush_tokens=16))
+    first, second = _items(rig, 2)
+    first.learn, second.tenant = False, "abc"
+    rig.run([first, second])
+    assert {block.request_id for block in rig.log.blocks} == {second.request_id}
+    assert {block.tenant for block in rig.log.blocks} == {"abc"}
+    assert {outcome.request_id for outcome in rig.log.outcomes} == {first.request_id, second.request_id}

@@ -21,6 +21,7 @@ from serving.api.errors import install_error_handlers
 from serving.api.generation import Generator
 from serving.api.limits import ApiKeys, BodyLimit, Drain, Draining, RequestIds
 from serving.api.metrics import EngineCollector, ServingMetrics
+from serving.api.origin import tenant_salt
 from serving.api.text import TargetText
 
 _probes = APIRouter()
@@ -46,6 +47,7 @@ def create_app(settings: Settings, pair: Pair) -> FastAPI:
     app = FastAPI(title="Draftsmith", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     text = TargetText(Path(pair.target_path))
     app.state.model_name = name
+    app.state.tenant_salt = tenant_salt(settings.data_dir)
     app.state.registry = registry
     app.state.client = client
     app.state.drain = drain = Drain(settings.api.drain_s)

@@ -16,6 +16,7 @@ from serving.api.choices import Choice, Choices, Piece, derived_seed
 from serving.api.engine_client import EngineClient
 from serving.api.errors import ApiError, check_text
 from serving.api.metrics import ServingMetrics
+from serving.api.origin import Origin
 from serving.api.schema import Generation
 from serving.api.text import TargetText
 
@@ -39,7 +40,7 @@ class Generator:
         request: Generation,
         prompts: list[list[int]],
         request_id: str,
-        segment: str,
+        origin: Origin,
         *,
         show_special: bool = False,
     ) -> Choices:
@@ -59,7 +60,8 @@ class Generator:
             submit = ipc.Submit(
                 request_id=request_id if total == 1 else f"{request_id}-{index}", token_ids=prompts[prompt],
                 max_tokens=limits[prompt], sampling=samplings[index], end_tokens=end_tokens,
-                segment=segment, gamma=self._gamma(request), version=request.speculative.version, grammar=grammar,
+                segment=origin.segment, tenant=origin.tenant, learn=origin.learn, gamma=self._gamma(request),
+                version=request.speculative.version, grammar=grammar,
                 logprobs=request.num_logprobs, priority=request.priority, cache_salt=request.cache_salt or "",
             )  # fmt: skip
             answer = AnswerText(

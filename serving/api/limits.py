@@ -45,6 +45,12 @@ class RequestIds:
         await self._app(scope, receive, tagged)
 
 
+def bearer_key(scope: Scope) -> str:
+    """Return the key a request carries, or an empty string."""
+    kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+    return key.strip() if kind.lower() == "bearer" else ""
+
+
 class ApiKeys:
     """Let requests in that carry one of the keys; with no keys set, everybody."""
 
@@ -64,10 +70,9 @@ class ApiKeys:
 
     def _known(self, scope: Scope) -> bool:
         """Compare with every key, each in constant time."""
-        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        given = _digest(key.strip())
+        given = _digest(bearer_key(scope))
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return kind.lower() == "bearer" and any(matches)
+        return any(matches)
 
 
 class BodyLimit:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
@@ -17,6 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from serving.api.choices import Choices, Piece
 from serving.api.errors import ApiError
 from serving.api.generation import Generator
+from serving.api.origin import origin_of
 from serving.api.schema import Generation
 from serving.api.schema_chat import ChatRequest, Message
 from serving.api.schema_completion import CompletionRequest
@@ -26,10 +26,7 @@ from serving.api.speculation import spec_metrics
 _T = TypeVar("_T")
 router = APIRouter()
 
-SEGMENT_HEADER = "x-draftsmith-segment"
-DEFAULT_SEGMENT = "default"
 SPEC_METRICS_HEADER = "x-draftsmith-spec-metrics"
-_SEGMENT = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _LONG = 20_000  # characters or token ids; more is read beside the event loop
 # Clients that split lines as Python's str.splitlines does would cut an event in two at these.
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
@@ -108,7 +105,7 @@ async def _answer(
     request_id = f"{form.prefix}-{request.state.request_id}"
     # A client may send its id twice; the engine may not hear it twice.
     unique = f"{request_id}-{secrets.token_hex(4)}" if request.state.request_id_is_clients else request_id
-    choices = generator.choices_for(body, prompts, unique, _segment(request), show_special=wishes.tools and
+    choices = generator.choices_for(body, prompts, unique, origin_of(request, body.user), show_special=wishes.tools and
                                     generator.text.calls_are_special)  # fmt: skip
     shape = form(request_id, body.model, generator.text, wishes, choices)
     pieces = generator.pieces(choices)
@@ -154,15 +151,6 @@ def _wishes(body: Generation, request: Request) -> Wishes:
         running_usage=bool(options and options.continuous_usage_stats),
         spec_tokens=generator.most_drafted(body) if spec == "summary" else None,
     )  # fmt: skip
-
-
-def _segment(request: Request) -> str:
-    value = request.headers.get(SEGMENT_HEADER, DEFAULT_SEGMENT)
-    if not _SEGMENT.fullmatch(value):
-        raise ApiError(
-            400, f"header {SEGMENT_HEADER} is {value!r:.80}; use 1 to 64 of A-Z a-z 0-9 _ . : -", param=SEGMENT_HEADER
-        )
-    return value
 
 
 def _metrics(choices: Choices, wishes: Wishes) -> dict[str, Any] | None:
