@@ -172,8 +172,14 @@ class DriftDetector:
         process.update(1 - x)
         self._count_since(x)
         if process.log10 >= self.needed:
-            self.drifting, self.recovered = False, True
-            self._down = DropEvidence(1 - process.level, self.bets)
+            self.recovered = True
+            self.look_again()
+
+    def look_again(self) -> None:
+        """End a drift and gather evidence for the next one from nothing, against the same baseline."""
+        if self.drifting and self._up is not None:
+            self.drifting = False
+            self._down = DropEvidence(1 - self._up.level, self.bets)
             self.since, self._since_sum, self._cusum = 0, 0.0, 0.0
 
     def _count_since(self, x: float) -> None:

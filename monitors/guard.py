@@ -68,11 +68,25 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
         return {"pairs": self.pairs, "difference": self.difference, "interval": self.interval, "confidence": 1 - ALPHA}
 
 
+class Seen(msgspec.Struct, kw_only=True):
+    """One segment of the new version: sums over its requests, and over those that were paired.
+
+    `total` and `paired` sum the new version's acceptances, `gain` new minus previous.
+    """
+
+    requests: int = 0
+    total: float = 0.0
+    pairs: int = 0
+    paired: float = 0.0
+    gain: float = 0.0
+
+
 class Guard(msgspec.Struct, kw_only=True):
     """What the new version did so far; plain data, so that it survives a restart.
 
     `reference` holds, per segment, the previous version's latest acceptances that are not yet
-    paired, newest last; `pairs` holds new minus previous, in [-1, 1].
+    paired, newest last; `pairs` holds new minus previous, in [-1, 1].  `switch` tells an older
+    version that serves again: it was good on other traffic, so a roll back does not forbid it.
     """
 
     version: int
@@ -80,13 +94,22 @@ class Guard(msgspec.Struct, kw_only=True):
     reference: dict[str, list[float]]
     pairs: list[float] = msgspec.field(default_factory=list)
     served: int = 0
+    seen: dict[str, Seen] = msgspec.field(default_factory=dict)
+    switch: bool = False
 
     def observe(self, segment: str, value: float) -> None:
         """Add one request of the new version, paired with a like one while there are any."""
         self.served += 1
+        seen = self.seen.setdefault(segment, Seen())
+        seen.requests += 1
+        seen.total += value
         waiting = self.reference.get(segment)
         if waiting:
-            self.pairs.append(value - waiting.pop())
+            gain = value - waiting.pop()
+            self.pairs.append(gain)
+            seen.pairs += 1
+            seen.paired += value
+            seen.gain += gain
 
     def judge(self, settings: MonitorSettings) -> Judgement:
         """Say keep, roll back or wait, in one sentence with numbers."""

@@ -20,7 +20,9 @@ _STAYS_S = 3600.0
 _UNCLAIMED_S = 120.0
 _EVENTS = ("DraftPromoted", "DraftRolledBack", "TrainingFailed", "CandidateRejected")
 _TAILS = (NONE_ACCEPTED, ALL_ACCEPTED)
-_OWN = (*_EVENTS, *_TAILS, "AcceptanceDrift", "CandidateReady", "TrainingUnclaimed")
+_STOPS = ("TrainingBudgetSpent", "AdaptationGivesUp", "AdaptationDoesNotPay")
+_OWN = (*_EVENTS, *_TAILS, *_STOPS, "AcceptanceDrift", "CandidateReady", "TrainingUnclaimed")
+LOOP = "loop"  # the key of alerts about the loop as a whole
 
 
 class Notices:
@@ -42,6 +44,19 @@ class Notices:
         if (rule, key) in self._open:
             self._desk.resolve(rule, key, because)
             del self._open[rule, key]
+
+    def is_open(self, rule: str, key: str) -> bool:
+        """Tell whether an alert is open."""
+        return (rule, key) in self._open
+
+    def stop(self, rule: str, sentence: str) -> None:
+        """Tell people that the loop asks for no more trainings, in one of the sentences of `monitors.cadence`."""
+        self.open(rule, LOOP, "ticket", sentence, {})
+
+    def go_on(self, because: str) -> None:
+        """Resolve what `stop` told."""
+        for rule in ("AdaptationGivesUp", "AdaptationDoesNotPay"):
+            self.resolve(rule, LOOP, because)
 
     def expire(self) -> None:
         """Resolve events that have been on the screen long enough."""

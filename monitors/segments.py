@@ -97,6 +97,11 @@ class SegmentBook:
         """Return the segments of a version that are below their baseline."""
         return {name: item for name, item in self.detectors(version).items() if item.drifting}
 
+    def look_again(self, version: int) -> None:
+        """End every drift of a version that serves again: what it was about may be over."""
+        for detector in self.detectors(version).values():
+            detector.look_again()
+
     def recent(self, version: int) -> dict[str, list[float]]:
         """Return the latest per-request acceptances of a version, newest last; after a drift, only those since."""
         return {name: list(values) for name, values in self._recent.get(version, {}).items()}

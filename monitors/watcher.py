@@ -31,8 +31,12 @@ from monitors.acceptance import OutcomeReader, observations_of
 from monitors.advisor import advise, load_of
 from monitors.alerts import AlertDesk, Notifier
 from monitors.announcer import Announcer
-from monitors.loop import LearningLoop, LoopState
+from monitors.champions import Champions
+from monitors.guard import Guard
+from monitors.loop import LearningLoop
+from monitors.loop_state import loop_state
 from monitors.metrics import Metrics
+from monitors.payoff import Payoff
 from monitors.segments import SegmentBook
 from monitors.traffic import TrafficWindow
 
@@ -91,14 +95,18 @@ class Watcher:
         for segment in sorted(self.book.known()):  # those of before the restart go on under their names
             self.reader.segments.name(segment, clock())
         self._desk = AlertDesk(Alerts(engine, clock=clock), self._notifier.send)
+        self.champions = Champions(self._facts, self._registry, clock)
+        self.payoff = Payoff(engine, settings, clock)
         self.loop = LearningLoop(
             settings,
             engine,
             book=self.book,
             desk=self._desk,
             clock=clock,
-            state=_loop_state(self._facts.get(WATCHER)),
+            state=loop_state(self._facts.get(WATCHER)),
             save=lambda state: self._save_watcher(),
+            judged=self._judged,
+            loses=self.payoff.loss,
         )
         self._save_watcher()
 
@@ -108,7 +116,7 @@ class Watcher:
         self.loop.step()
         outcomes = self.reader.poll()
         while self.reader.segments.expired:
-            self.book.forget(self.reader.segments.expired.pop())
+            self.loop.forget(self.reader.segments.expired.pop())
         live = self._live() if outcomes else None
         for outcome in outcomes:
             self._metrics.count(outcome, live)
@@ -137,6 +145,8 @@ class Watcher:
         )
         self._save_watcher()
         self._advise()
+        self._learn_champions()
+        self.payoff.follow()
         self.reader.committed()
         self._show()
         self._prune()
@@ -189,6 +199,17 @@ class Watcher:
             connection.execute(delete(tables.windows).where(tables.windows.c.at_s < now - _KEEP_WINDOWS_S))
         self._pruned_at_s = now
 
+    def _judged(self, guard: Guard, generation: int, kept: bool) -> None:
+        self.payoff.judged(guard, generation)
+        if kept:
+            self.champions.keep(guard)
+
+    def _learn_champions(self) -> None:
+        live = self.loop.state.live
+        if live is not None and self.loop.state.guard is None:
+            self.champions.follow(live, self.book.recent(live))
+        self.champions.store()
+
     def _save_watcher(self) -> None:
         document: dict[str, Any] = {
             "loop": msgspec.to_builtins(self.loop.state) if hasattr(self, "loop") else {},
@@ -230,14 +251,3 @@ class Watcher:
             query = select(tables.jobs.c.state, func.count()).group_by(tables.jobs.c.state)
             jobs = {str(state): int(number) for state, number in connection.execute(query)}
         self._metrics.show_states(live, firing, jobs)
-
-
-def _loop_state(document: dict[str, Any] | None) -> LoopState | None:
-    """Read the loop's state back; a document of another layout starts it afresh."""
-    if not document or not document.get("loop"):
-        return None
-    try:
-        return msgspec.convert(document["loop"], LoopState)
-    except msgspec.ValidationError as error:
-        log.warning("loop_state_unreadable", error=str(error))
-        return None

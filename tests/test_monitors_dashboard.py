@@ -21,7 +21,7 @@ from sqlalchemy import Engine
 from adapter.accounting import Accounting, Window
 from adapter.addresses import bind
 from adapter.alerting import Alerts
-from adapter.facts import ADVICE, DRIFT, PAIR, WATCHER, Facts
+from adapter.facts import ADVICE, DRIFT, PAIR, PAYOFF, WATCHER, Facts
 from adapter.jobs import Jobs
 from adapter.registry import Registry
 from adapter.settings import Settings
@@ -94,10 +94,24 @@ def test_the_page_shows_state_and_evidence(client: TestClient, database: Engine)
     fill(database)
     text = client.get("/").text
 
-    for wanted in ("the-target", "Promoted", "watcher", "AcceptanceDrift", "10 / 40", "Roll back to v0", "2.4 MB"):
+    for wanted in ("the-target", "AcceptanceDrift", "10 / 40", "Roll back to v0", "2.4 MB"):
         assert wanted in text
+    assert "Promoted automatically by <b>watcher</b>" in text
     assert GATE["verdict"] in text
     assert "Nothing needs you" not in text
+
+
+def test_versions_show_what_they_cost_and_saved(client: TestClient, database: Engine) -> None:
+    """Seconds of training stand beside those saved, or beside the reason why these are not known; held is a phase."""
+    fill(database)
+    account = {"training_s": 61.4, "saved_s": None, "why": "the engine tells no costs"}
+    Facts(database).put(PAYOFF, {"1": account})
+    Facts(database).put(WATCHER, {"loop": {"phase": "held", "sentence": "gave up", "since_s": NOW}, "saved_at_s": NOW})
+    text = client.get("/").text
+    assert "61 s of training, savings unknown: the engine tells no costs" in text
+    assert 'aria-current="step"' in text
+    Facts(database).put(PAYOFF, {"1": account | {"saved_s": 1234.5}})
+    assert "61 s of training, 1 234 s of serving saved" in client.get("/").text.replace("\u202f", " ")
 
 
 def test_advice_shows_settings_as_code_and_nothing_as_markup(client: TestClient, database: Engine) -> None:

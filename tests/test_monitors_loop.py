@@ -16,7 +16,7 @@ from adapter import keys
 from adapter.accounting import Accounting
 from adapter.alerting import Alerts
 from adapter.contracts import SCHEMA_VERSION, Counts, RequestOutcome, Sampling, VersionCounts
-from adapter.facts import DRIFT, WATCHER, Facts
+from adapter.facts import CHAMPIONS, DRIFT, ENGINE, PAYOFF, WATCHER, Facts
 from adapter.jobs import Jobs
 from adapter.registry import Registry
 from adapter.settings import DistillSettings, LogSettings, MonitorSettings, Settings
@@ -37,7 +37,7 @@ class Bench:
         self.database = database
         options = {
             "window_s": 5.0, "baseline_requests": 40, "guard_min_requests": 20, "retrain_cooldown_s": 30.0,
-            "drift_false_alarms_per_30_days": 1000.0,
+            "drift_false_alarms_per_30_days": 1000.0, "evidence_requests": 5000,
         } | monitors  # fmt: skip
         self.settings = Settings(
             redis_url=url,
@@ -89,11 +89,20 @@ class Bench:
             self.watcher.tick()
             self.now += seconds
 
-    def train(self, *, state: str = "ready") -> int:
+    def facts_of_an_engine(self) -> None:
+        """Have an engine say what rounds cost."""
+        table = {"target": {"rows": [1, 5], "ms": [20.0, 24.0]}, "draft": {"rows": [1, 4], "ms": [2.0, 2.0]}}
+        costs = {
+            "table": table, "corrections": {"target": {"factor": 1.0}, "draft": {"factor": 1.0}}, "overhead_ms": 1.0,
+        }  # fmt: skip
+        Facts(self.database).put(ENGINE, {"median_batch": 1.0, "controller": {"costs": costs}})
+
+    def train(self, *, state: str = "ready", seconds: float = 0.0) -> int:
         """Do what a worker does with the open job; return the version it made."""
         job_id = self.jobs.claimable()[0]
         job = self.jobs.claim(job_id, worker="w", lease_s=30)
         assert job is not None
+        self.now += seconds
         draft = self.registry.publish(
             parent=self.registry.live().live, state=state, artifact_sha256="c" * 64, artifact_bytes=10, trained_on={},
             gate={"verdict": "Passed: +0.100"}, reason="drift", job_id=job_id, actor="trainer",
@@ -157,6 +166,52 @@ def test_drift_trains_promotes_and_keeps_a_better_version(bench: Bench) -> None:
     assert "watching" == bench.phase
     assert set() == bench.firing()
     assert bench.watcher.loop.state.sentence.startswith(f"kept v{version}: acceptance +0.")
+
+
+def test_the_watcher_keeps_champions_and_accounts(bench: Bench) -> None:
+    """A kept version is champion of its segment and charged with its training; both survive a restart."""
+    bench.drift()
+    version = bench.train()
+    bench.tick()
+    bench.serve(60, 0.55)
+    bench.tick(times=6)
+    for _ in range(2):
+        facts = Facts(bench.database)
+        champion = (facts.get(CHAMPIONS) or {})[SEGMENT]
+        account = (facts.get(PAYOFF) or {})[str(version)]
+        assert (champion["version"], account["trainings"], account["saved_s"]) == (version, 1, None)
+        assert account["why"].startswith("the engine tells no costs of rounds")
+        assert account["stays"][0]["saving"]["after"] > account["stays"][0]["saving"]["before"]
+        bench.restart()
+        bench.tick(times=70)
+
+
+def test_a_version_that_serves_long_and_well_is_champion_without_a_guard(bench: Bench) -> None:
+    """Two hundred requests of the base draft crown it, and no version has an account yet."""
+    bench.serve(210, 0.5)
+    bench.tick(times=6)
+    facts = Facts(bench.database)
+    assert (facts.get(CHAMPIONS) or {})[SEGMENT]["version"] == 0
+    assert facts.get(PAYOFF) is None
+
+
+def test_the_watcher_stops_an_adaptation_that_does_not_pay(database: Engine, valkey_url: str) -> None:
+    """Four versions that bring nothing for ten hours of training each end in held, with the accounts' sentence."""
+    bench = Bench(database, valkey_url, payoff_days=1.0, training_seconds_per_day=1e6)
+    bench.facts_of_an_engine()
+    for _ in range(4):
+        bench.serve(60, 0.5)
+        job = bench.jobs.request(reason="by hand", requested_by="ana")
+        assert job is not None
+        bench.tick()
+        bench.train(seconds=36_000.0)
+        bench.tick()
+        bench.serve(250, 0.5)
+        assert bench.phase in ("watching", "held")
+    bench.tick(times=3, seconds=61.0)
+    assert bench.phase == "held"
+    assert bench.watcher.loop.state.sentence.startswith("training does not pay: ")
+    assert "AdaptationDoesNotPay" in bench.firing()
 
 
 def test_a_version_judged_against_another_one_is_not_promoted(bench: Bench) -> None:

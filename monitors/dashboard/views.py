@@ -14,7 +14,7 @@ from sqlalchemy import Engine, Integer, Select, cast, func, select
 from adapter.accounting import Window, summarise
 from adapter.alerting import Alerts
 from adapter.contracts import FLOOR_VERSION, RegistryError
-from adapter.facts import ADVICE, DRIFT, PAIR, WATCHER, Facts
+from adapter.facts import ADVICE, DRIFT, PAIR, PAYOFF, WATCHER, Facts
 from adapter.jobs import OPEN_STATES, Job, Jobs
 from adapter.registry import Registry
 from adapter.tables import windows
@@ -59,7 +59,7 @@ def overview(engine: Engine, now_s: float) -> dict[str, Any]:
         "now": now,
         "advice": facts.get(ADVICE),
         "segments": _segments(engine, live, drift.get("shown") or {}, now_s),
-        "versions": _versions(engine, drafts, live, now_s),
+        "versions": _versions(engine, drafts, live, facts.get(PAYOFF) or {}, now_s),
         "job": _job(jobs, now_s),
         "alerts": [msgspec.to_builtins(alert) for alert in alerts[:12]],
         "audit": [msgspec.to_builtins(entry) for entry in audit[:25]],
@@ -215,7 +215,9 @@ def _detector_state(detector: dict[str, Any] | None) -> str:
     return "learning" if detector["baseline"] is None else "steady"
 
 
-def _versions(engine: Engine, drafts: list[Draft], live: Live | None, now_s: float) -> list[dict[str, Any]]:
+def _versions(
+    engine: Engine, drafts: list[Draft], live: Live | None, payoff: dict[str, Any], now_s: float
+) -> list[dict[str, Any]]:
     rows = {row["version"]: summarise([_window(row)]) for row in _sums(engine, now_s - VERSIONS_S, now_s)}
     found = []
     for draft in drafts[:20]:
@@ -237,6 +239,7 @@ def _versions(engine: Engine, drafts: list[Draft], live: Live | None, now_s: flo
                 "sha256": draft.artifact_sha256,
                 "created_at_s": draft.created_at_s,
                 "requests": draft.trained_on.get("requests"),
+                "payoff": payoff.get(str(draft.version)),
                 "promotable": draft.state == "ready" and live is not None and draft.version != live.live,
             }
         )
