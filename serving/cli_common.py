@@ -34,7 +34,10 @@ def open_deployment(settings: Settings) -> Engine:
         SettingsError: there is none in this folder.
     """
     if settings.database_url is None and not (settings.data_dir / "draftsmith.db").exists():
-        raise SettingsError(f"{settings.data_dir} holds no deployment; start one with `draftsmith up --data-dir …`")
+        raise SettingsError(
+            f"{settings.data_dir} holds no deployment; name the folder of one with --data-dir or DRAFTSMITH_DATA_DIR, "
+            "or start one there with `draftsmith up`"
+        )
     database = open_database(settings.database)
     migrate(database)
     return database

@@ -15,7 +15,8 @@ from deployment import environment
 
 from adapter.alerting import Alerts
 from adapter.database import migrate, open_database
-from adapter.facts import ADVICE, ENGINE, PAIR, SERVING, Facts
+from adapter.facts import ADVICE, ENGINE, PAIR, PAYOFF, SERVING, Facts
+from adapter.jobs import Jobs
 from adapter.registry import Registry
 from adapter.settings import Settings
 from serving import cli, cli_views
@@ -73,6 +74,31 @@ def _assert_refused(ran: Ran, *words: str) -> None:
 
 
 # -- drafts ----------------------------------------------------------------------------------
+
+
+def test_a_person_asks_for_a_training(run: Any, data: Path) -> None:
+    """The job carries the person and the reason, and a second one is refused while it is open."""
+    status, out, _ = run("drafts", "train", "--data-dir", data, "--reason", "new tenant", "--json")
+    database = open_database(f"sqlite:///{data / 'draftsmith.db'}")
+    [job] = Jobs(database).latest()
+    database.dispose()
+    assert (status, json.loads(out)) == (0, {"job": job.id})
+    assert (job.state, job.reason, job.segments) == ("queued", "new tenant", ())
+    assert job.requested_by.startswith("cli")
+    _assert_refused(run("drafts", "train", "--data-dir", data), "a training is open already", "draftsmith status")
+
+
+def test_the_list_says_what_a_version_cost_and_saved(run: Any, data: Path) -> None:
+    """Seconds of training for seconds saved; unknown where they are, a dash where it was never live."""
+    database = open_database(f"sqlite:///{data / 'draftsmith.db'}")
+    account = {"training_s": 61.4, "saved_s": None, "why": "no costs"}
+    Facts(database).put(PAYOFF, {"1": account, "2": account | {"saved_s": 1234.5}})
+    database.dispose()
+    table = run("drafts", "list", "--data-dir", data)[1]
+    assert "61 s for unknown" in table
+    assert "61 s for 1,234 s" in table
+    listed = json.loads(run("drafts", "list", "--data-dir", data, "--json")[1])["drafts"]
+    assert [item["payoff"] for item in listed][1:] == [account, None]
 
 
 def test_list_shows_versions_and_aliases(run, data):
@@ -216,7 +242,7 @@ def test_status_works_while_nothing_runs(run, data):
 @pytest.mark.parametrize("arguments", [("status",), ("drafts", "list"), ("drafts", "rollback")])
 def test_a_folder_without_a_deployment_is_refused_and_left_alone(run, tmp_path, arguments):
     """A mistyped folder is said to hold nothing; no database is made in it."""
-    _assert_refused(run(*arguments, "--data-dir", tmp_path / "nothing"), "holds no deployment")
+    _assert_refused(run(*arguments, "--data-dir", tmp_path / "nothing"), "--data-dir or DRAFTSMITH_DATA_DIR")
     assert not (tmp_path / "nothing").exists()
 
 

@@ -31,7 +31,8 @@ from deployment import (
 )
 
 MODEL = "tiny-target"
-LEFT = {"draftsmith.db", "logs", "valkey", "vocabularies"}  # what a stopped deployment consists of
+# what a stopped deployment consists of
+LEFT = {"draftsmith.db", "logs", "pair", "tenant-salt", "valkey", "vocabularies"}
 
 
 @pytest.fixture(scope="module")

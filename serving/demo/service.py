@@ -32,6 +32,7 @@ PACE: dict[str, dict[str, Any]] = {
         "baseline_requests": 40,
         "drift_false_alarms_per_30_days": 60.0,  # two a day: less evidence is asked for
         "drift_expected_requests_per_s": 0.5,
+        "evidence_requests": 100_000,  # drift is what it shows
         "retrain_cooldown_s": 3600.0,  # one training is shown; the roll back must not start another
     },
     "engine": {"controller": "fixed"},  # it shows learning: every request is drafted for, worth it or not
