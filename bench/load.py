@@ -27,7 +27,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from adapter.addresses import bind
 from adapter.contracts import DraftsmithError, SettingsError
 from adapter.models import prepare_pair
-from adapter.settings import ApiSettings, child_environment, load_settings
+from adapter.sections import ApiSettings
+from adapter.settings import child_environment, load_settings
 from bench.environment import environment
 from bench.options import PairOptions
 from bench.program import parser, run, say

@@ -18,7 +18,7 @@ from typing import Literal, Protocol, TypeVar
 
 import msgspec
 
-from adapter.settings import DistillSettings
+from adapter.sections import DistillSettings
 from distill.replay import ReplayStore
 from distill.retention import BlockRef
 

@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from adapter.contracts import Coupling, DraftsmithError, VerifiedBlock
-from adapter.settings import DistillSettings
+from adapter.sections import DistillSettings
 from distill.batches import RowWeights, by_request, collate, judged_states, num_tokens, plan_batches
 from distill.factors import Factors, attach, factors_of, set_factors
 from distill.laws import lesson

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import msgspec
 
 from adapter.jobs import Job
-from adapter.settings import MonitorSettings
+from adapter.sections import MonitorSettings
 
 DAY_S = 86400.0
 _DOUBLINGS = 4  # 16 times the evidence at the most

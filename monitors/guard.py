@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter.settings import MonitorSettings
+from adapter.sections import MonitorSettings
 
 ALPHA = 0.05
 _GRID = 401  # candidate means on [0, 1]; differences are resolved to 0.005

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from adapter.settings import MonitorSettings
+from adapter.sections import MonitorSettings
 from monitors.drift import DriftDetector, alarm_threshold
 from monitors.tails import Tails
 

@@ -19,7 +19,7 @@ from adapter.contracts import Counts, RequestOutcome, Sampling, VerifiedBlock, W
 from adapter.database import migrate, open_database
 from adapter.models import load_draft, load_target, prepare_pair
 from adapter.pairs import Pair
-from adapter.settings import LogSettings
+from adapter.sections import LogSettings
 from adapter.wire import block_from_wire, to_wire
 from kernels.sampling import draw, shape_logits
 from serving.engine import build

@@ -17,7 +17,7 @@ from adapter.contracts import VerifiedBlock
 from adapter.hotswap import DraftSlots
 from adapter.models import load_draft
 from adapter.pairs import Pair
-from adapter.settings import DistillSettings
+from adapter.sections import DistillSettings
 from distill.batches import collate, judged_states, plan_batches
 from distill.factors import Factors, attach, factors_of, initial_factors
 from distill.gate import judge

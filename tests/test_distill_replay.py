@@ -10,7 +10,7 @@ import pytest
 
 from adapter import keys
 from adapter.contracts import SCHEMA_VERSION, Sampling, VerifiedBlock
-from adapter.settings import DistillSettings
+from adapter.sections import DistillSettings
 from adapter.streams import StreamReader, connect
 from adapter.wire import to_wire
 from distill.intake import defect_of, drain

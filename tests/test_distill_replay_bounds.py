@@ -10,7 +10,7 @@ from test_distill_replay import TARGET, _block
 
 from adapter import keys
 from adapter.contracts import Sampling, VerifiedBlock
-from adapter.settings import DistillSettings
+from adapter.sections import DistillSettings
 from adapter.streams import StreamReader
 from adapter.wire import to_wire
 from distill.frames import TornFileError, frames_of, pack

@@ -10,7 +10,7 @@ import pytest
 from test_distill_replay import _block
 
 from adapter.contracts import VerifiedBlock
-from adapter.settings import DistillSettings
+from adapter.sections import DistillSettings
 from adapter.wire import to_wire
 from distill.replay import ReplayStore
 from distill.selection import Selection, cap_tenants, select

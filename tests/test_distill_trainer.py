@@ -23,7 +23,8 @@ from adapter.jobs import Jobs
 from adapter.models import load_draft, prepare_pair
 from adapter.pairs import Pair, expected_tensors
 from adapter.registry import Registry
-from adapter.settings import DistillSettings, Settings, child_environment
+from adapter.sections import DistillSettings
+from adapter.settings import Settings, child_environment
 from adapter.wire import to_wire
 from distill.job import run_job
 from distill.replay import ReplayStore

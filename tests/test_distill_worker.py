@@ -21,7 +21,8 @@ from adapter.facts import PAIR, Facts
 from adapter.jobs import Job, Jobs
 from adapter.pairs import Pair
 from adapter.registry import Registry
-from adapter.settings import DistillSettings, Settings, child_environment
+from adapter.sections import DistillSettings
+from adapter.settings import Settings, child_environment
 from adapter.wire import to_wire
 from distill import tasks
 

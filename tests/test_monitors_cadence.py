@@ -13,7 +13,8 @@ from sqlalchemy import Engine
 from adapter.alerting import Alerts
 from adapter.jobs import Job, Jobs
 from adapter.registry import Registry
-from adapter.settings import DistillSettings, MonitorSettings, Settings
+from adapter.sections import DistillSettings, MonitorSettings
+from adapter.settings import Settings
 from monitors.alerts import AlertDesk
 from monitors.cadence import DAY_S, Evidence, seconds_of, spent
 from monitors.guard import Guard

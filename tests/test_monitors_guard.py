@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adapter.settings import MonitorSettings
+from adapter.sections import MonitorSettings
 from monitors.guard import Guard, confidence_sequence
 
 SETTINGS = MonitorSettings(guard_min_requests=20, guard_margin=0.02)

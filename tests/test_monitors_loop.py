@@ -19,7 +19,8 @@ from adapter.contracts import SCHEMA_VERSION, Counts, RequestOutcome, Sampling, 
 from adapter.facts import CHAMPIONS, DRIFT, ENGINE, PAYOFF, WATCHER, Facts
 from adapter.jobs import Jobs
 from adapter.registry import Registry
-from adapter.settings import DistillSettings, LogSettings, MonitorSettings, Settings
+from adapter.sections import DistillSettings, LogSettings, MonitorSettings
+from adapter.settings import Settings
 from adapter.streams import connect
 from adapter.wire import to_wire
 from monitors.acceptance import OutcomeReader, split_delivered

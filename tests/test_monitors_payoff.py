@@ -14,7 +14,8 @@ from adapter.accounting import Accounting, Window
 from adapter.facts import CHAMPIONS, ENGINE, PAYOFF, Facts
 from adapter.jobs import Jobs
 from adapter.registry import Registry
-from adapter.settings import MonitorSettings, Settings
+from adapter.sections import MonitorSettings
+from adapter.settings import Settings
 from monitors.cadence import DAY_S
 from monitors.champions import REQUESTS, Champions
 from monitors.guard import Guard

@@ -20,7 +20,7 @@ from tiny_pair import END
 from tokenizers import Tokenizer
 
 from adapter.contracts import Sampling
-from adapter.settings import LogSettings
+from adapter.sections import LogSettings
 from serving.api.text import TargetText
 
 MODEL = "tiny-target"

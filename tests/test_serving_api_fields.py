@@ -15,7 +15,7 @@ from tiny_pair import END
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from adapter.contracts import Sampling
-from adapter.settings import LogSettings
+from adapter.sections import LogSettings
 from serving.api.choices import derived_seed
 from serving.api.text import TargetText
 

@@ -17,7 +17,7 @@ import pytest
 from deployment import alive, tiny_deployment
 from processes import Processes, get, serving_tiny
 
-from adapter.settings import ApiSettings, LogSettings
+from adapter.sections import ApiSettings, LogSettings
 
 MODEL = "tiny-target"
 KEY = "sesame-open"

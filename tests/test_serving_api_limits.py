@@ -26,7 +26,8 @@ from adapter.addresses import url_of
 from adapter.contracts import Sampling, SettingsError, TokenLogprob
 from adapter.models import prepare_pair
 from adapter.pairs import find_draft
-from adapter.settings import ApiSettings, LogSettings, Settings
+from adapter.sections import ApiSettings, LogSettings
+from adapter.settings import Settings
 from serving import ipc
 from serving.api.answer import AnswerText
 from serving.api.app import create_app

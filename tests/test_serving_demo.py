@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from adapter.accounting import Accounting, Window
 from adapter.contracts import SettingsError
-from adapter.settings import DistillSettings, Settings
+from adapter.sections import DistillSettings
+from adapter.settings import Settings
 from serving.demo import exactness, measure
 from serving.demo.__main__ import app, empty_result, write_json
 from serving.demo.prompts import Deck, Family, advice, tables

@@ -11,7 +11,7 @@ from processes import Processes, serving_tiny
 
 from adapter import keys
 from adapter.contracts import Verdict, VerifiedBlock
-from adapter.settings import ApiSettings, LogSettings
+from adapter.sections import ApiSettings, LogSettings
 from adapter.wire import block_from_wire, outcome_from_wire
 
 KEYS = ("first-key-of-two", "second-key-of-two")

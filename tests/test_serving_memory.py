@@ -11,7 +11,7 @@ from tiny_pair import ENGINE, pair_settings
 from adapter.contracts import SettingsError
 from adapter.database import migrate, open_database
 from adapter.models import DTYPES, load_draft, load_target, prepare_pair
-from adapter.settings import EngineSettings
+from adapter.sections import EngineSettings
 from serving.engine.attention import KVPool
 from serving.engine.build import build_engine
 from serving.engine.memory import SHARE, Sizes, available_bytes, measure_pair, plan_memory, tokens_of_one_request

@@ -25,7 +25,8 @@ from scipy.stats import chisquare
 from tiny_pair import END, write_draft, write_target
 
 from adapter.contracts import Counts, Sampling, SettingsError, Verdict
-from adapter.settings import LogSettings, load_settings
+from adapter.sections import LogSettings
+from adapter.settings import load_settings
 from kernels.sampling import shape_logits
 from monitors.acceptance import observations_of
 from serving.engine.control.base import StepReport

@@ -8,7 +8,7 @@ import torch
 from engine_rig import Changing, Rig, build_rig, counts_of, prompts, reference_models, request
 
 from adapter.contracts import Verdict, VerifiedBlock
-from adapter.settings import LogSettings
+from adapter.sections import LogSettings
 from serving.engine.control.fixed import FixedGamma
 
 N = 50

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from processes import Processes, serving_tiny
 
-from adapter.settings import LogSettings
+from adapter.sections import LogSettings
 from bench.load import counted
 
 STREAMS = 200

@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adapter import artifacts
 from adapter.artifacts import file_sha256
 from adapter.pairs import DRAFT_MANIFEST, DRAFT_TENSORS, DraftManifest, Pair, expected_tensors, model_fingerprint
-from adapter.settings import EngineSettings, Settings
+from adapter.sections import EngineSettings
+from adapter.settings import Settings
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END = 2

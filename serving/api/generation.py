@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from adapter.contracts import Grammar, Sampling
-from adapter.settings import ApiSettings, EngineSettings
+from adapter.sections import ApiSettings, EngineSettings
 from serving import ipc
 from serving.api.answer import AnswerText
 from serving.api.choices import Choice, Choices, Piece, derived_seed

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from adapter.settings import MOST_CHOICES
+from adapter.sections import MOST_CHOICES
 from serving.api.errors import FieldError
 from serving.api.schema import MAX_LOGPROBS, Generation
 

@@ -19,7 +19,7 @@ from adapter.contracts import SettingsError
 from adapter.hotswap import MERGED_SLOTS
 from adapter.models import DTYPES, empty_draft
 from adapter.pairs import Pair, load_draft_manifest
-from adapter.settings import EngineSettings
+from adapter.sections import EngineSettings
 from kernels.packed_linear import can_pack
 from serving.engine.attention import KVPool
 

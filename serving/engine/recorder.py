@@ -36,7 +36,7 @@ from serving.engine.rounds import Round, TopTokens
 from serving.engine.sequence import Sequence
 
 if TYPE_CHECKING:
-    from adapter.settings import LogSettings
+    from adapter.sections import LogSettings
 
 
 class Publisher(Protocol):
