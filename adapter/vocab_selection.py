@@ -125,7 +125,7 @@ def build_vocab(
         snapshot = CountSnapshot(width, pair.target_fingerprint)
     if (snapshot.vocab_size, snapshot.target_fingerprint) != (width, pair.target_fingerprint):
         raise SettingsError("the token counts were made with another target; serve some traffic with this one first")
-    ids = choose(snapshot, size, special_tokens(Path(pair.target_path), width), default_ranking(pair, width))
+    ids = choose(snapshot, size, special_tokens(pair.lender_path, width), default_ranking(pair, width))
     counted = {
         "tokens": int(snapshot.total.sum()), "segments": {k: int(v.sum()) for k, v in snapshot.segments.items()},
         "ranking": "order of ids" if shipped_ranking(pair) is None else "shipped",

@@ -18,11 +18,10 @@ import msgspec
 import structlog
 import torch
 from safetensors.torch import save_file
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from adapter import artifacts
 from adapter.contracts import FLOOR_VERSION, ArtifactError
-from adapter.draft_vocab import load_vocab
 from adapter.facts import CHAMPIONS, ENGINE, Facts
 from adapter.jobs import Job, Jobs
 from adapter.lora import load_factors
@@ -32,7 +31,6 @@ from adapter.registry import Registry
 from adapter.settings import Settings
 from adapter.versions import Draft, Live
 from adapter.vocab_registry import Vocabularies
-from adapter.vocab_selection import target_vocab_size
 from distill.evidence import Evidence, choose, collect
 from distill.factors import Factors
 from distill.gate import StoredDrafts, judge
@@ -41,6 +39,7 @@ from distill.kept import Fit, best_fit, kept_versions, newest_blocks
 from distill.scoring import score_blocks
 from distill.tuning import Material, Progress, TrainingError, Tuned, train
 from distill.verdict import CHAMPION, GateRules, Scores
+from distill.vocab_job import allowed_tokens, renew_vocabulary
 
 log = structlog.get_logger(__name__)
 
@@ -92,7 +91,9 @@ def run_job(
     if gate["passed"]:
         run.mark()
     (folder / "checkpoint.pt").unlink(missing_ok=True)
-    return _result("train", draft, gate, clock() - began, compared_with=run.live.live)
+    vocabulary = run.renew_vocabulary(fence)
+    result = _result("train", draft, gate, clock() - began, compared_with=run.live.live)
+    return result if vocabulary is None else result | {"vocabulary": vocabulary}
 
 
 @dataclass(slots=True)
@@ -179,14 +180,13 @@ class _Run:
 
     def allowed(self) -> torch.Tensor | None:
         """Return the ids of the draft vocabulary in force, ascending; None where all tokens are scored."""
-        sha256 = Vocabularies(self.engine).live().sha256
-        if not self.settings.engine.draft_vocab_size or sha256 is None:
-            return None
-        ids = load_vocab(
-            self.settings.vocabularies_dir, sha256, target_fingerprint=self.pair.target_fingerprint,
-            vocab_size=target_vocab_size(self.pair),
-        )  # fmt: skip
-        return torch.from_numpy(ids.astype("int64"))
+        return allowed_tokens(self.settings, self.pair, Vocabularies(self.engine).live().sha256)
+
+    def renew_vocabulary(self, fence: Callable[[Connection], None]) -> dict[str, Any] | None:
+        """Judge the vocabulary that the newest traffic would choose, under the draft that is live."""
+        return renew_vocabulary(
+            self.settings, self.engine, self.pair, self.evidence, self.live_sha256, self.rules(), fence
+        )
 
     def mark(self) -> None:
         """Remember that the evidence went into a version that passed."""

@@ -19,7 +19,7 @@ Knows nothing about artifacts or rules.  Called by `distill.gate`, `distill.tuni
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from adapter.contracts import Coupling, VerifiedBlock
 from distill.batches import Batch, collate, judged_states, num_tokens, plan_batches
+from distill.vocabulary import Vocabulary
 from kernels.acceptance import gumbel_acceptance, maximal_acceptance
 from kernels.sampling import RowParams, shape_logits
 
@@ -51,7 +52,8 @@ def score_blocks(
     Raises:
         ValueError: the draft has a row for none of the allowed tokens.
     """
-    vocabulary = _vocabulary(head, allowed)
+    vocabulary = Vocabulary(allowed, len(head))
+    scored = vocabulary.head_of(head)
     scores: list[NDArray[Any]] = [np.empty(0)] * len(blocks)
     requests = _by_request(blocks)
     sizes = [num_tokens([blocks[i] for i in group]) for group in requests]
@@ -59,7 +61,7 @@ def score_blocks(
         group = [i for request in chosen for i in requests[request]]
         batch = collate([blocks[i] for i in group])
         with torch.inference_mode():
-            values = _acceptance(judged_states(model, batch), vocabulary, batch, coupling).numpy()
+            values = _acceptance(judged_states(model, batch), scored, vocabulary, batch, coupling).numpy()
         ends = np.cumsum([blocks[i].num_records for i in group])[:-1]
         for i, part in zip(group, np.split(values, ends), strict=True):
             scores[i] = part
@@ -80,7 +82,8 @@ def position_acceptance(
 
     Shapes: hidden [n, h]; head [vocab, h]; result [n] float64, NaN where the draft's logits are no numbers.
     """
-    return _acceptance(hidden, _vocabulary(head, allowed), batch, coupling)
+    vocabulary = Vocabulary(allowed, len(head))
+    return _acceptance(hidden, vocabulary.head_of(head), vocabulary, batch, coupling)
 
 
 def target_law(topk_logprobs: torch.Tensor, rows: RowParams) -> torch.Tensor:
@@ -115,36 +118,14 @@ def target_law(topk_logprobs: torch.Tensor, rows: RowParams) -> torch.Tensor:
     return torch.cat([top, tail], -1) / (top.sum(-1, keepdim=True) + tail)
 
 
-class _Vocabulary(NamedTuple):
-    """What the draft scores.  Shapes: head [size, h]; ids [size], None for all; place [vocab], -1 where missing."""
-
-    head: torch.Tensor
-    ids: torch.Tensor | None
-    place: torch.Tensor
-
-    def find(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the columns of token ids, -1 for those the draft cannot say."""
-        known = ids < len(self.place)
-        return torch.where(known, self.place[ids.clamp_max(len(self.place) - 1)], -1)
-
-
-def _vocabulary(head: torch.Tensor, allowed: torch.Tensor | None) -> _Vocabulary:
-    if allowed is None:
-        return _Vocabulary(head, None, torch.arange(len(head)))
-    ids = allowed[allowed < len(head)]
-    if not len(ids):
-        raise ValueError(f"none of the {len(allowed)} allowed tokens lies in the draft's vocabulary of {len(head)}")
-    place = torch.full((len(head),), -1)
-    place[ids] = torch.arange(len(ids))
-    return _Vocabulary(head[ids], ids, place)
-
-
-def _acceptance(hidden: torch.Tensor, vocabulary: _Vocabulary, batch: Batch, coupling: Coupling) -> torch.Tensor:
+def _acceptance(
+    hidden: torch.Tensor, head: torch.Tensor, vocabulary: Vocabulary, batch: Batch, coupling: Coupling
+) -> torch.Tensor:
     closed_form = gumbel_acceptance if coupling == "gumbel" else maximal_acceptance
     found, asked = torch.empty(hidden.shape[0], dtype=torch.float64), row_params(batch)
     for at in range(0, hidden.shape[0], _CHUNK_ROWS):
         part = slice(at, at + _CHUNK_ROWS)
-        logits = (hidden[part].to(vocabulary.head.dtype) @ vocabulary.head.t()).float()
+        logits = (hidden[part].to(head.dtype) @ head.t()).float()
         ids, logprobs = batch.topk_ids[part], batch.topk_logprobs[part]
         values = (logits.argmax(-1) == vocabulary.find(_target_top1(ids, logprobs))).double()
         hot = torch.nonzero(batch.temperature[part] > 0).squeeze(1)

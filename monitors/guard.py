@@ -117,7 +117,8 @@ class Guard(msgspec.Struct, kw_only=True):
         n, name = len(self.pairs), f"v{self.version}"
         exhausted = self.served >= limit or not any(self.reference.values())
         if n < need:
-            if self.served < limit:
+            reachable = n + sum(len(values) for values in self.reference.values()) >= need
+            if self.served < (limit if reachable else need):
                 return Judgement(
                     verdict="wait", pairs=n, reason=f"{name} is judged after {need} comparable requests; {n} so far"
                 )

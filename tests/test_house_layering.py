@@ -39,6 +39,7 @@ TORCH_ALLOWED = (  # everything else must import where torch is not installed
     "distill.trainer",
     "distill.trials",
     "distill.tuning",
+    "distill.vocab_job",
     "distill.vocabulary",
     "kernels",
     "serving.demo.reference",

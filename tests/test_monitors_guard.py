@@ -66,6 +66,17 @@ def test_nothing_is_judged_before_enough_requests() -> None:
     assert ("wait", 19, "") == judged(-0.4, 0, requests=19)
 
 
+def test_too_few_to_compare_with_holds_nothing_up() -> None:
+    """A reference that can never be enough: after as many requests as are needed the version is kept, and said so."""
+    guard = Guard(version=2, previous=1, reference={"chat": [0.5] * 3})
+    settings = MonitorSettings()
+    for count in range(1, settings.guard_min_requests + 1):
+        guard.observe("chat", 0.5)
+        judgement = guard.judge(settings)
+        assert judgement.verdict == ("keep" if count == settings.guard_min_requests else "wait")
+    assert "only 3 of its 30 requests had a comparable one on v1" in judgement.reason
+
+
 def test_traffic_without_a_like_reference_ends_in_keep() -> None:
     """Requests of a segment the previous version never served cannot condemn a version."""
     guard = Guard(version=2, previous=1, reference={"chat": [0.5] * 50})
