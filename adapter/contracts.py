@@ -235,6 +235,7 @@ class RequestOutcome:
     by_version: tuple[VersionCounts, ...]
     accepted_by_position: tuple[int, ...]
     unversioned: Counts = Counts()  # rounds of proposers without versions, n-gram matching for one
+    learn: bool = True  # whether it may be learned from, and so was logged
     cached_tokens: int = 0  # prompt tokens whose keys and values were found in the prefix cache
     queue_s: float
     first_token_s: float

@@ -207,7 +207,7 @@ class MonitorSettings(Section):
     retrain_cooldown_s: float = Field(30.0, ge=0, description="pause after a training before the next")
     adapt: bool = Field(True, description="ask for trainings by itself; off: only a person does")
     evidence_requests: int = Field(
-        400, ge=1, description="drafted requests since the last training that ask for one without any drift"
+        400, ge=1, description="requests since the last training that ask for one without any drift"
     )
     trainings_per_day: int = Field(48, ge=1, description="trainings in 24 h; then the loop asks for none")
     training_seconds_per_day: float = Field(14400.0, gt=0, description="seconds of training in 24 h, likewise")

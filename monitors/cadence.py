@@ -2,7 +2,7 @@
 
 What each state needs to end well; its time-out; where it leads:
 
-* watching: sustained drift, or `evidence_requests` drafted requests since the last training; none; to collecting,
+* watching: sustained drift, or `evidence_requests` requests since the last training; none; to collecting,
   training, cooling (the budget is spent) or held (trainings do not pay).
 * collecting: `distill.min_requests` requests since the drift began; a day; to training, watching (acceptance
   recovered) or cooling.
@@ -15,7 +15,8 @@ What each state needs to end well; its time-out; where it leads:
 * held: a person, who asks for a training or moves a version; a day where the loop gave up, none where trainings do not
   pay; to watching, observing, cooling or training.
 
-A request that examined nothing is no evidence, so a missing metric starts nothing.  Pure functions and plain
+A request that nothing was drafted for is evidence, too: the log holds what the target thought of each token.
+What is missing starts nothing: without a request there is no training.  Pure functions and plain
 data, which survive a restart; knows no SQL and no Redis.  `monitors.loop` decides with it.
 
 Start values: NVIDIA NeMo-RL's draft adaptation (a minimum of observations, a minimum interval, a burst cap that
@@ -47,7 +48,7 @@ class Evidence(msgspec.Struct, kw_only=True):
     taken: list[str] = msgspec.field(default_factory=list)  # segments of the last training
 
     def add(self, segment: str) -> None:
-        """Count one request that examined drafted tokens."""
+        """Count one request that was logged."""
         self.counted[segment] = self.counted.get(segment, 0) + 1
 
     @property

@@ -38,11 +38,16 @@ class LearningLoop(Transitions):
             self.state.evidence.doublings.pop(name, None)
         elif detector.drifting:
             self.state.collected += 1
-        if observation.value is None:
-            return
-        self.state.evidence.add(name)
-        if self.state.guard is not None:
+        if observation.value is not None and self.state.guard is not None:
             self.state.guard.observe(name, observation.value)
+
+    def served(self, segment: str) -> None:
+        """Count one request that was answered and may be learned from, whether or not anything was drafted for it.
+
+        The log holds what the target thought of every token, so a request that drafting did not pay for teaches, too.
+        """
+        if self.state.live is not None:
+            self.state.evidence.add(self._book.segment_name(self.state.live, segment))
 
     def forget(self, segment: str) -> None:
         """Drop what is known about a segment that nobody uses any more."""

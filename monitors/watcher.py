@@ -121,6 +121,8 @@ class Watcher:
         for outcome in outcomes:
             self._metrics.count(outcome, live)
             self._traffic.add(outcome)
+            if outcome.learn and outcome.delivered_tokens:
+                self.loop.served(outcome.segment)
             for observation in observations_of(outcome):
                 self.loop.observe(observation)
         self._watch_redis()

@@ -81,6 +81,7 @@ class Rig:
         for number in range(requests):
             live = self.registry.live().live
             value = None if level is None else float(np.clip(self.rng.normal(level, 0.05), 0, 1))
+            self.loop.served(segment)
             self.loop.observe(Observation(segment=segment, version=live, value=value))
             self.now += 1
             if number % step == step - 1:
@@ -162,10 +163,21 @@ def test_enough_evidence_starts_a_training_without_drift(rig: Rig) -> None:
     assert "100 requests were served since the last training" in rig.job.reason
 
 
-def test_a_missing_metric_never_starts_a_training(rig: Rig) -> None:
-    """A thousand requests whose rounds examined nothing are neither evidence nor drift."""
+def test_requests_that_drafting_did_not_pay_for_teach_too(rig: Rig) -> None:
+    """Nothing was examined, so nothing drifts; but what was served is logged, and enough of it asks for a training."""
+    rig.serve(99, None)
+    assert (rig.phase, rig.jobs.latest(5)) == ("watching", [])
     rig.serve(1000, None)
-    assert (rig.phase, rig.jobs.latest(), rig.loop.state.evidence.counted) == ("watching", [], {})
+    assert rig.phase == "training"
+    assert rig.job.segments == ()
+    assert "without any drift" in rig.job.reason
+
+
+def test_time_alone_starts_no_training(rig: Rig) -> None:
+    """Without requests nothing is asked for, however long nobody comes."""
+    for _ in range(50):
+        rig.wait(86_400.0)
+    assert (rig.phase, rig.jobs.latest(5)) == ("watching", [])
 
 
 def test_drift_starts_a_training_that_names_its_segments(rig: Rig) -> None:

@@ -219,4 +219,6 @@ def test_who_opts_out_is_not_logged_but_still_counted(rig):
     rig.run([first, second])
     assert {block.request_id for block in rig.log.blocks} == {second.request_id}
     assert {block.tenant for block in rig.log.blocks} == {"abc"}
-    assert {outcome.request_id for outcome in rig.log.outcomes} == {first.request_id, second.request_id}
+    assert {outcome.request_id: outcome.learn for outcome in rig.log.outcomes} == {
+        first.request_id: False, second.request_id: True,
+    }  # fmt: skip

@@ -106,6 +106,7 @@ class Recorder:
                 plain_rounds=request.plain_rounds,
                 by_version=tuple(VersionCounts(version=v, counts=c) for v, c in request.by_version.items()),
                 accepted_by_position=tuple(request.accepted_by_position), unversioned=request.unversioned,
+                learn=request.learn,
                 cached_tokens=request.num_cached_tokens, queue_s=started - request.arrived_s,
                 first_token_s=(request.first_token_s or now_s) - request.arrived_s,
                 total_s=now_s - request.arrived_s, finished_at_s=self._clock(),
