@@ -35,7 +35,15 @@ def command(module: str, arguments: list[str]) -> str:
     shown = [f"{_WAITING}={os.environ[_WAITING]}"] if _WAITING in os.environ else []
     shown += ["python", "-m", module]
     for before, word in zip(["", *arguments], arguments, strict=False):
-        shown.append({"--data": "FOLDER", "--vllm-python": "PYTHON", "--guidellm": "PATH"}.get(before, word))
+        shown.append(
+            {
+                "--data": "FOLDER",
+                "--keep": "FOLDER",
+                "--prompts": "FILE",
+                "--vllm-python": "PYTHON",
+                "--guidellm": "PATH",
+            }.get(before, word)
+        )
     return shlex.join(shown)
 
 

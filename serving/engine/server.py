@@ -190,12 +190,15 @@ class EngineServer:
         except zmq.ZMQError as error:
             if error.errno not in _LOST:
                 raise
-            self._undelivered(peer, message, str(error))
+            self._undelivered(peer, message, error)
 
-    def _undelivered(self, peer: bytes, message: ipc.ToApi, error: str) -> None:
+    def _undelivered(self, peer: bytes, message: ipc.ToApi, error: zmq.ZMQError) -> None:
         if peer not in self._deaf:
             self._deaf.add(peer)
-            log.warning("api_does_not_read", message=type(message).__name__, error=error)
+            if error.errno == zmq.EHOSTUNREACH:  # it ended, as it does before the engine when all are stopped
+                log.info("api_is_gone", message=type(message).__name__)
+            else:
+                log.warning("api_does_not_read", message=type(message).__name__, error=str(error))
         if isinstance(message, ipc.Tokens):
             self.engine.stats.undelivered += 1
             self._owners.pop(message.request_id, None)
