@@ -401,12 +401,15 @@ def test_a_stream_that_is_left_frees_its_place(service, endless, wait_for):
 
 
 def test_a_whole_answer_that_is_left_frees_its_place(service, endless, wait_for):
-    """A client that gives up waiting for an unstreamed answer frees its place, too."""
+    """A client that gives up waiting for an unstreamed answer frees its places, too.
+
+    It asks for more answers than any machine gives in the time it waits.
+    """
     before = _cancelled(service)
-    body = {"model": MODEL, "prompt": endless, "max_tokens": 440, "temperature": 0, "speculative": {"enabled": False}}
+    body = {"model": MODEL, "prompt": endless, "max_tokens": 440, "min_tokens": 440, "n": 8, "temperature": 1.0}
     with pytest.raises(httpx.ReadTimeout):
         service.post("/v1/completions", body, timeout=0.15)
-    wait_for(lambda: _cancelled(service) == before + 1)
+    wait_for(lambda: _cancelled(service) > before)
     wait_for(service.idle)
 
 
