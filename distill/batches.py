@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from adapter.contracts import Verdict, VerifiedBlock
+from distill.grouping import places_by_request
 from distill.packing import use_packed_attention
 
 
@@ -121,10 +122,8 @@ def plan_batches(tokens: Sequence[int], batch_tokens: int, seed: str) -> list[li
 
 def by_request(blocks: Sequence[VerifiedBlock]) -> list[list[VerifiedBlock]]:
     """Put the blocks of each request together, oldest first, requests in the order in which they first come."""
-    found: dict[str, list[VerifiedBlock]] = {}
-    for block in blocks:
-        found.setdefault(block.request_id, []).append(block)
-    return [sorted(group, key=lambda block: block.first_position + len(block.token_ids)) for group in found.values()]
+    groups = [[blocks[i] for i in places] for places in places_by_request(blocks)]
+    return [sorted(group, key=lambda block: block.first_position + len(block.token_ids)) for group in groups]
 
 
 def num_tokens(blocks: Sequence[VerifiedBlock]) -> int:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter.contracts import VerifiedBlock
+from distill.grouping import places_by_request
 from distill.resampling import Floats, ratio_interval
 
 WALKED = "walked"
@@ -176,11 +177,8 @@ def _seconds(rounds: Floats, costs: Costs) -> tuple[Floats, list[int]]:
 
 
 def _requests(blocks: Sequence[VerifiedBlock]) -> list[list[int]]:
-    found: dict[str, list[int]] = {}
-    for i, block in enumerate(blocks):
-        if block.num_records:
-            found.setdefault(block.request_id, []).append(i)
-    return list(found.values())
+    places = [[i for i in group if blocks[i].num_records] for group in places_by_request(blocks)]
+    return [group for group in places if group]
 
 
 def _method(blocks: Sequence[VerifiedBlock]) -> str:

@@ -30,7 +30,7 @@ from adapter.pairs import Pair, expected_tensors, pair_from_facts
 from adapter.registry import Registry
 from adapter.settings import Settings
 from adapter.versions import Draft, Live
-from adapter.vocab_registry import Vocabularies
+from adapter.vocab_registry import LiveVocab, Vocabularies
 from distill.evidence import Evidence, choose, collect
 from distill.factors import Factors
 from distill.gate import StoredDrafts, judge
@@ -71,7 +71,17 @@ def run_job(
     folder = settings.data_dir / "jobs" / job_id
     folder.mkdir(parents=True, exist_ok=True)
     evidence = choose(folder, collect(settings, pair, clock), settings)
-    run = _Run(settings, engine, pair, evidence, registry.drafts(), registry.live(), jobs.get(job_id), folder)
+    run = _Run(
+        settings,
+        engine,
+        pair,
+        evidence,
+        registry.drafts(),
+        registry.live(),
+        Vocabularies(engine).live(),
+        jobs.get(job_id),
+        folder,
+    )
     fit = run.look_back(clock())
     if fit is not None:
         gate = run.judge(fit.draft.artifact_sha256 or "", None)
@@ -106,6 +116,7 @@ class _Run:
     evidence: Evidence
     drafts: list[Draft]
     live: Live
+    vocabulary: LiveVocab
     job: Job
     folder: Path
     _stored: StoredDrafts | None = None
@@ -180,12 +191,12 @@ class _Run:
 
     def allowed(self) -> torch.Tensor | None:
         """Return the ids of the draft vocabulary in force, ascending; None where all tokens are scored."""
-        return allowed_tokens(self.settings, self.pair, Vocabularies(self.engine).live().sha256)
+        return allowed_tokens(self.settings, self.pair, self.vocabulary.sha256)
 
     def renew_vocabulary(self, fence: Callable[[Connection], None]) -> dict[str, Any] | None:
         """Judge the vocabulary that the newest traffic would choose, under the draft that is live."""
         return renew_vocabulary(
-            self.settings, self.engine, self.pair, self.evidence, self.live_sha256, self.rules(), fence
+            self.settings, self.engine, self.evidence, self.live_sha256, self.vocabulary, self.stored, fence
         )
 
     def mark(self) -> None:

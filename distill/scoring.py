@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from adapter.contracts import Coupling, VerifiedBlock
 from distill.batches import Batch, collate, judged_states, num_tokens, plan_batches
+from distill.grouping import places_by_request
 from distill.vocabulary import Vocabulary
 from kernels.acceptance import gumbel_acceptance, maximal_acceptance
 from kernels.sampling import RowParams, shape_logits
@@ -55,7 +56,7 @@ def score_blocks(
     vocabulary = Vocabulary(allowed, len(head))
     scored = vocabulary.head_of(head)
     scores: list[NDArray[Any]] = [np.empty(0)] * len(blocks)
-    requests = _by_request(blocks)
+    requests = places_by_request(blocks)  # read in one row, a request's blocks need their context once
     sizes = [num_tokens([blocks[i] for i in group]) for group in requests]
     for chosen in plan_batches(sizes, _BATCH_TOKENS, "score"):
         group = [i for request in chosen for i in requests[request]]
@@ -158,11 +159,3 @@ def _target_top1(ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
     # float16 makes ties; the list is falling, so its first entry is the top-1 among them
     slot = torch.where(logprobs[:, 0] >= logprobs.amax(-1), 0, logprobs.argmax(-1))
     return ids.gather(1, slot[:, None]).squeeze(1)
-
-
-def _by_request(blocks: Sequence[VerifiedBlock]) -> list[list[int]]:
-    """Return the blocks of each request together: read in one row, they need their common context once."""
-    found: dict[str, list[int]] = {}
-    for i, block in enumerate(blocks):
-        found.setdefault(block.request_id, []).append(i)
-    return list(found.values())

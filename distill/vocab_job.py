@@ -24,7 +24,7 @@ from adapter.vocab_registry import LiveVocab, Vocabularies
 from adapter.vocab_selection import build_vocab, target_vocab_size
 from distill.evidence import Evidence
 from distill.gate import StoredDrafts
-from distill.verdict import Anchor, GateRules, compare
+from distill.verdict import Anchor, compare
 
 log = structlog.get_logger(__name__)
 
@@ -47,27 +47,29 @@ def allowed_tokens(settings: Settings, pair: Pair, sha256: str | None) -> torch.
 
 
 def renew_vocabulary(
-    settings: Settings, engine: Engine, pair: Pair, evidence: Evidence, draft: str | None, rules: GateRules,
+    settings: Settings, engine: Engine, evidence: Evidence, draft: str | None, live: LiveVocab, in_force: StoredDrafts,
     fence: Callable[[Connection], None],
 ) -> dict[str, Any] | None:  # fmt: skip
     """Choose, judge and, where it passes, promote a vocabulary; return what was judged, None where nothing was.
 
-    `draft` is the artifact in force, None for the base draft.  Nothing is touched without automatic promotion, nor
+    `draft` is the artifact in force, None for the base draft; `in_force` scores with the live vocabulary and mostly
+    has done so already.  Nothing is touched without automatic promotion, nor
     where counts are missing; what cannot work is logged and never fails the job.
     """
     registry = Vocabularies(engine, announce=announcer(settings))
+    pair = in_force.pair
     try:
-        live = registry.live()
         counts = read_counts(settings.vocabularies_dir)
         if live.sha256 is None or counts is None or not counts.segments or not settings.monitors.auto_promote:
             return None
         manifest = build_vocab(settings.vocabularies_dir, pair, counts, settings.engine.draft_vocab_size)
         if manifest.sha256 == live.sha256:
             return None
-        gate = _judge(settings, pair, evidence, draft, rules, live, manifest.sha256)
+        gate = _judge(settings, evidence, draft, in_force, manifest.sha256)
         if gate["passed"]:
             with engine.begin() as connection:
                 fence(connection)
+            registry.expect(live.generation)
             row = registry.publish(manifest, actor=_ACTOR, reason=gate["verdict"], automatic=True)
             registry.promote(
                 row.number, actor=_ACTOR, reason=gate["verdict"], automatic=True,
@@ -82,12 +84,13 @@ def renew_vocabulary(
 
 
 def _judge(
-    settings: Settings, pair: Pair, evidence: Evidence, draft: str | None, rules: GateRules, live: LiveVocab, new: str
+    settings: Settings, evidence: Evidence, draft: str | None, in_force: StoredDrafts, new: str
 ) -> dict[str, Any]:
-    def scores(sha256: str | None) -> tuple[Any, Any]:
-        stored = StoredDrafts(pair, settings.artifacts_dir, rules, allowed_tokens(settings, pair, sha256))
-        return stored.scores(draft, evidence.gate), stored.scores(draft, evidence.anchor)
-
-    (before, anchor_before), (after, anchor_after) = scores(live.sha256), scores(new)
-    anchor = Anchor(evidence.anchor, anchor_after, anchor_before) if evidence.anchor else None
-    return compare(evidence.gate, after, {"live": before}, rules, anchor=anchor)
+    allowed = allowed_tokens(settings, in_force.pair, new)
+    candidate = StoredDrafts(in_force.pair, settings.artifacts_dir, in_force.rules, allowed)
+    anchor = None
+    if evidence.anchor:
+        before = in_force.scores(draft, evidence.anchor)
+        anchor = Anchor(evidence.anchor, candidate.scores(draft, evidence.anchor), before)
+    after, before = candidate.scores(draft, evidence.gate), in_force.scores(draft, evidence.gate)
+    return compare(evidence.gate, after, {"live": before}, in_force.rules, anchor=anchor)

@@ -14,6 +14,7 @@ from adapter.token_counts import CountSnapshot, write_counts
 from adapter.vocab_registry import Vocabularies
 from adapter.vocab_selection import build_vocab
 from distill.evidence import Evidence
+from distill.gate import StoredDrafts
 from distill.replay import ReplayStore
 from distill.verdict import GateRules
 from distill.vocab_job import allowed_tokens, renew_vocabulary
@@ -71,7 +72,9 @@ def evidence(tmp_path, blocks) -> Evidence:
 
 
 def renew(settings, database, pair, given, fence=lambda connection: None):
-    return renew_vocabulary(settings, database, pair, given, None, RULES, fence)
+    live = Vocabularies(database).live()
+    in_force = StoredDrafts(pair, settings.artifacts_dir, RULES, allowed_tokens(settings, pair, live.sha256))
+    return renew_vocabulary(settings, database, given, None, live, in_force, fence)
 
 
 def test_a_vocabulary_of_what_is_said_replaces_one_of_what_is_not(settings, database, pair, blocks, tmp_path):
