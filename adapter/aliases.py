@@ -49,6 +49,7 @@ class AliasRegistry(ABC, Generic[AliasesT]):
     _aliases: ClassVar[Table]
     _number: ClassVar[str]  # the column of both that holds the number
     _verbs: ClassVar[str]  # what the audit log's verbs begin with
+    _moves: ClassVar[tuple[str, ...]] = ("install", "promote", "roll_back")  # verbs that raise the generation
     _counter: ClassVar[str]  # what a conflict calls the generation
     _destination: ClassVar[str]  # how a conflict says where somebody moved to, before the number
     _at_the_floor: ClassVar[str]  # why nothing can be rolled back
@@ -162,6 +163,8 @@ class AliasRegistry(ABC, Generic[AliasesT]):
                 why = f"{self.noun} {number} was quarantined: {reason}"
                 left = Cause(actor=actor, reason=why, automatic=automatic, evidence=evidence)
                 after = self._move(connection, before, self._below(connection, before), "roll_back", left)
+            else:
+                after = self._forbidden(connection, before, number, cause)
         if after.generation != before.generation:
             self._announce(after.generation)
         return after
@@ -176,6 +179,10 @@ class AliasRegistry(ABC, Generic[AliasesT]):
     def _state(self, connection: Connection, number: int) -> str:
         """Return a row's state; raise a RegistryError that lists what exists where there is none."""
 
+    def _forbidden(self, connection: Connection, before: AliasesT, number: int, cause: Cause) -> AliasesT:
+        """Hear that a row that is not live was quarantined; return where the aliases point now."""
+        return before
+
     def _below(self, connection: Connection, live: AliasesT) -> int:
         """Where one goes from the live row: to previous where that may be served, else to the floor."""
         to = live.previous
@@ -187,15 +194,18 @@ class AliasRegistry(ABC, Generic[AliasesT]):
         live = self._live(connection)
         if expected is None or expected == live.generation:
             return live
-        verbs = [self._verbs + verb for verb in ("install", "promote", "roll_back")]
+        verbs = [self._verbs + verb for verb in self._moves]
         last = connection.execute(
-            select(tables.audit.c.actor, tables.audit.c.verb, tables.audit.c.to_version)
+            select(tables.audit.c.actor, tables.audit.c.verb, tables.audit.c.from_version, tables.audit.c.to_version)
             .where(tables.audit.c.generation == live.generation, tables.audit.c.verb.in_(verbs))
             .order_by(tables.audit.c.id)
         ).first()
         what = "nobody moved it yet"
         if last:
-            what = f"{last.actor} did '{last.verb}' {self._destination} {last.to_version} meanwhile"
+            to = f"of {self.noun} {last.from_version}"
+            if last.to_version is not None:
+                to = f"{self._destination} {last.to_version}"
+            what = f"{last.actor} did '{last.verb}' {to} meanwhile"
         raise ConflictError(
             f"{self._counter} is {live.generation}, you looked at {expected}: {what}. Look again and repeat"
         )

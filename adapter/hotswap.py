@@ -2,8 +2,8 @@
 
 A thread polls the registry, checks and merges a new live version into a spare slot and leaves it
 ready; the decoding loop calls `poll` between rounds, which only moves a reference.  Floor, live and
-previous stay resident, so going back needs no disk.  An artifact that must not be loaded is
-quarantined with the reason and serving stays on what it has.
+previous stay resident, so going back needs no disk; alternates do, to draft beside the live one.  An
+artifact that must not be loaded is quarantined with the reason and serving stays on what it has.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SwapReceipt:
 
 
 class DraftSlots:
-    """Resident drafts by version: the base draft and up to three merged ones, at fixed addresses.
+    """Resident drafts by version: the base draft and `MERGED_SLOTS` merged ones and `alternates`, at fixed addresses.
 
     Slots share embedding, head and norms; only the linear layers a version may change are their own.
     `write` merges the weights as `adapter.lora.merge_all` does; `finish` is run on a slot after that, before it is
@@ -53,9 +53,10 @@ class DraftSlots:
 
     def __init__(
         self, base_model: Any, pair: Pair, max_norm_ratio: float, finish: Callable[[Any], None] = lambda model: None,
-        write: Callable[[Any, float], torch.Tensor] = merge_all,
+        write: Callable[[Any, float], torch.Tensor] = merge_all, alternates: int = 0,
     ) -> None:  # fmt: skip
         self._pair = pair
+        self._most = MERGED_SLOTS + alternates
         self._finish = finish
         self._write = write
         self._max_norm_ratio = max_norm_ratio
@@ -78,7 +79,7 @@ class DraftSlots:
     @property
     def can_load(self) -> bool:
         """Whether there is a slot that nobody can be drafting with, or room for another one."""
-        return bool(self._spare) or len(self._resident) - 1 + len(self._retired) < MERGED_SLOTS
+        return bool(self._spare) or len(self._resident) - 1 + len(self._retired) < self._most
 
     def load(
         self, version: int, artifact_sha256: str, root: Path, check: Callable[[Any], None] = lambda model: None
@@ -151,10 +152,13 @@ class HotSwap(Follower[Any]):
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self.previous: int | None = None
+        self.alternates: tuple[int, ...] = ()  # resident, and allowed to draft beside the version in force
+        self._named: Live | None = None  # what the registry said last
         self.last: SwapReceipt | None = None
         self.registry_up = True
         self._choosable: dict[int, Any] = {FLOOR_VERSION: slots.get(FLOOR_VERSION)}  # the same all through a round
         self._refused: tuple[int, str] | None = None
+        self._unloadable: set[tuple[int, int]] = set()  # generation and version, said once
         self._back_at: int | None = None  # an older generation the registry showed, said once
 
     @property
@@ -182,7 +186,7 @@ class HotSwap(Follower[Any]):
             self._thread.join(5)
 
     def resident(self, version: int) -> Any | None:
-        """Return the model of a version a request may be pinned to: floor, live or previous.
+        """Return the model of a version a request may draft with: floor, live, previous or an alternate.
 
         The answer changes in `poll` alone, so a round that asks twice hears the same.
         """
@@ -197,10 +201,12 @@ class HotSwap(Follower[Any]):
         flipped = self._flip()
         with self._lock:  # nobody drafts now, so what was dropped until here is in nobody's hands
             self._slots.reclaim()
-            versions = {FLOOR_VERSION, self.version} | (set() if self.previous is None else {self.previous})
+            named = self._named.alternates if self._named is not None else ()
+            versions = {FLOOR_VERSION, self.version, *named} | (set() if self.previous is None else {self.previous})
             found = {version: self._slots.get(version) for version in versions}
         self._choosable = {version: model for version, model in found.items() if model is not None}
-        if flipped is None:
+        self.alternates = tuple(item for item in named if item in self._choosable and item != self.version)
+        if flipped is None or flipped[0] == self.version:  # the same version, of a generation with other alternates
             return None
         (generation, version, _), (replaced, pause_ms) = self._in_force, flipped
         self.last = SwapReceipt(version, replaced, generation, pause_ms, self._clock())
@@ -224,13 +230,14 @@ class HotSwap(Follower[Any]):
                 log.error("registry_went_back", generation=wanted.generation, serving=self.generation)
             self._back_at = wanted.generation
             return
-        if self._prepared() == wanted.generation or wanted.generation == self.generation:
-            return
-        self._prepare(wanted)
+        if self._prepared() != wanted.generation and wanted.generation != self.generation:
+            self._prepare(wanted)
+        elif self._named == wanted:
+            self._warm(wanted)  # what had no slot before may have one now
 
     def _prepare(self, wanted: Live) -> None:
         with self._lock:  # a swap in between would leave the version now in force out of `keep`
-            keep = {self.version, wanted.live} | ({wanted.previous} if wanted.previous is not None else set())
+            keep = {self.version, wanted.live, *_beside(wanted)}
             if self._ready is not None:
                 keep.add(self._ready[1])
             self._slots.keep_only(keep)
@@ -243,7 +250,7 @@ class HotSwap(Follower[Any]):
             return
         with self._lock:
             self._ready = (wanted.generation, wanted.live, model)
-            self.previous = wanted.previous
+            self.previous, self._named = wanted.previous, wanted
         self._warm(wanted)
 
     def _resident_or_load(self, version: int, sha256: str | None) -> Any:
@@ -257,16 +264,22 @@ class HotSwap(Follower[Any]):
         return model
 
     def _warm(self, wanted: Live) -> None:
-        """Have the previous version resident too, so that going back needs no disk."""
-        if wanted.previous is None or self._slots.get(wanted.previous) is not None:
-            return
-        if not self._slots.can_load:
-            log.warning("previous_not_resident", version=wanted.previous, error="all slots are in use")
-            return
-        try:
-            self._resident_or_load(wanted.previous, wanted.artifacts[wanted.previous])
-        except ArtifactError as error:
-            log.warning("previous_not_resident", version=wanted.previous, error=str(error))
+        """Have the previous version and the alternates resident too, so that neither needs the disk.
+
+        One that cannot be loaded is tried once; one for which all slots are in use, at every look at the registry.
+        """
+        for version in _beside(wanted):
+            with self._lock:
+                waits = self._slots.get(version) is not None or not self._slots.can_load
+            if waits or (wanted.generation, version) in self._unloadable:
+                continue
+            try:
+                self._resident_or_load(version, wanted.artifacts[version])
+            except ArtifactError as error:
+                self._unloadable = {(wanted.generation, version)} | {
+                    item for item in self._unloadable if item[0] == wanted.generation
+                }
+                log.warning("version_not_resident", version=version, error=str(error))
 
     def _refuse(self, version: int, error: ArtifactError) -> None:
         again = self._refused == (version, str(error))  # a quarantine that cannot be written is tried at every poll
@@ -288,6 +301,11 @@ class HotSwap(Follower[Any]):
                 self._companion()
             except Exception:  # the thread that can undo a bad draft must outlive any surprise
                 log.exception("swap_poll_failed")
+
+
+def _beside(wanted: Live) -> tuple[int, ...]:
+    """Return the versions to have resident besides the live one, those that matter most first."""
+    return tuple(dict.fromkeys([*([] if wanted.previous is None else [wanted.previous]), *wanted.alternates]))
 
 
 def check_finite(logits: torch.Tensor) -> None:

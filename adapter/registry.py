@@ -1,6 +1,7 @@
-"""The registry of draft versions: immutable rows, two aliases that move, one audit row a move.
+"""The registry of draft versions: immutable rows, two aliases that move, alternates, one audit row a move.
 
-Version 0 is the base draft.  How the aliases move is in `adapter.aliases`.  Reads never take the write lock.
+Version 0 is the base draft.  How `live` and `previous` move is in `adapter.aliases`.  An alternate may draft beside
+the live version; a move that makes it live, or forbids it, ends that.  Reads never take the write lock.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, delete, insert, select
 
 from adapter import tables
 from adapter.aliases import AliasRegistry, Cause
 from adapter.contracts import FLOOR_VERSION, RegistryError
 from adapter.versions import AuditEntry, Draft, Live
+
+_ALTERNATE = "alternate:"  # and the version: the name of an alternate's alias
 
 
 class Registry(AliasRegistry[Live]):
@@ -26,6 +29,7 @@ class Registry(AliasRegistry[Live]):
     _aliases = tables.aliases
     _number = "version"
     _verbs = ""
+    _moves = ("install", "promote", "roll_back", "admit", "dismiss")
     _counter = "generation"
     _destination = "to version"
     _at_the_floor = "the base draft is live and there is no earlier version to roll back to"
@@ -147,7 +151,94 @@ class Registry(AliasRegistry[Live]):
             self._note(connection, "publish", parent, draft.version, generation, cause)
             return draft
 
+    def admit(
+        self,
+        version: int,
+        *,
+        most: int,
+        actor: str,
+        reason: str,
+        automatic: bool = False,
+        expected_generation: int | None = None,
+        evidence: dict[str, Any] | None = None,
+    ) -> Live:
+        """Let a version draft beside the live one, as an alternate.
+
+        Args:
+            most: how many there may be; beyond that those with the lowest numbers leave.
+
+        Raises:
+            RegistryError: unknown, not ready, live or an alternate already, or there may be none.
+            ConflictError: the generation is not `expected_generation`.
+        """
+        if most < 1:
+            raise RegistryError(
+                f"version {version} cannot become an alternate: engine.alternates = {most}; set it to 1 or more"
+            )
+        with self._engine.begin() as connection:
+            before = self._expect(connection, expected_generation)
+            state = self._state(connection, version)
+            if version == before.live or version in before.alternates:
+                what = "live" if version == before.live else "an alternate"
+                raise RegistryError(f"version {version} is {what} already")
+            if state != "ready":
+                raise RegistryError(f"version {version} is {state} and no alternate; only 'ready' ones can become one")
+            leaving = before.alternates[: max(0, len(before.alternates) + 1 - most)]
+            self._leave(connection, *leaving)
+            connection.execute(insert(tables.aliases).values(name=f"{_ALTERNATE}{version}", version=version))
+            kept = {**(evidence or {}), **({"dismissed": list(leaving)} if leaving else {})}
+            cause = Cause(actor=actor, reason=reason, automatic=automatic, evidence=kept)
+            after = self._raised(connection, before, "admit", None, version, cause)
+        self._announce(after.generation)
+        return after
+
+    def dismiss(
+        self, version: int, *, actor: str, reason: str, automatic: bool = False, expected_generation: int | None = None
+    ) -> Live:
+        """Let an alternate draft no longer; it stays ready.
+
+        Raises:
+            RegistryError: it is no alternate.
+            ConflictError: the generation is not `expected_generation`.
+        """
+        cause = Cause(actor=actor, reason=reason, automatic=automatic)
+        with self._engine.begin() as connection:
+            before = self._expect(connection, expected_generation)
+            if version not in before.alternates:
+                named = ", ".join(str(item) for item in before.alternates) or "none"
+                raise RegistryError(f"version {version} is no alternate; alternates: {named}")
+            self._leave(connection, version)
+            after = self._raised(connection, before, "dismiss", version, None, cause)
+        self._announce(after.generation)
+        return after
+
     # -- inside one transaction --------------------------------------------------------------
+
+    def _move(self, connection: Connection, before: Live, to: int, verb: str, cause: Cause) -> Live:
+        self._leave(connection, to)
+        return super()._move(connection, before, to, verb, cause)
+
+    def _forbidden(self, connection: Connection, before: Live, number: int, cause: Cause) -> Live:
+        if number not in before.alternates:
+            return before
+        self._leave(connection, number)
+        why = Cause(
+            actor=cause.actor, reason=f"version {number} was quarantined: {cause.reason}", automatic=cause.automatic
+        )
+        return self._raised(connection, before, "dismiss", number, None, why)
+
+    def _leave(self, connection: Connection, *versions: int) -> None:
+        names = [f"{_ALTERNATE}{version}" for version in versions]
+        connection.execute(delete(tables.aliases).where(tables.aliases.c.name.in_(names)))
+
+    def _raised(
+        self, connection: Connection, before: Live, verb: str, from_version: int | None, to_version: int | None,
+        cause: Cause,
+    ) -> Live:  # fmt: skip
+        """Raise the generation for a change that left live and previous alone."""
+        self._point(connection, before.generation + 1)
+        self._note(connection, verb, from_version, to_version, before.generation + 1, cause)
+        return self._live(connection)
 
     def _live(self, connection: Connection) -> Live:
         rows = connection.execute(
@@ -166,6 +257,7 @@ class Registry(AliasRegistry[Live]):
             live=named["live"],
             previous=named.get("previous"),
             artifacts={row.version: row.artifact_sha256 for row in rows},
+            alternates=tuple(sorted(row.version for row in rows if row.name.startswith(_ALTERNATE))),
         )
 
     def _draft(self, connection: Connection, version: int) -> Draft:

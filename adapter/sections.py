@@ -94,6 +94,10 @@ class EngineSettings(Section):
     )
     threads: int = Field(0, ge=0, description="torch threads; 0 leaves the choice to torch")
     swap_poll_s: float = Field(0.2, gt=0, description="how often the registry is asked for a new live version")
+    alternates: int = Field(
+        2, ge=0, le=8, description="draft versions that may draft beside the live one, for requests they fit better; "
+        "each takes the memory of one more draft; 0: none",
+    )  # fmt: skip
     max_lora_norm_ratio: float = Field(
         2.0, gt=0, description="largest allowed ‖ΔW‖/‖W0‖ of a layer before an artifact is refused"
     )
@@ -191,7 +195,10 @@ class DistillSettings(Section):
         0.02, ge=0, lt=1, description="acceptance a kept version must win on the newest requests to be gone back to"
     )
     nice: int = Field(10, ge=0, le=19, description="niceness of the trainer process")
-    threads: int = Field(1, ge=1, description="torch threads of the trainer")
+    threads: int = Field(1, ge=1, description="torch threads of a trainer process")
+    processes: int = Field(
+        1, ge=1, le=64, description="trainer processes that share one draft, each holding a part of it; 1: no sharding"
+    )
     lease_s: float = Field(30.0, gt=1, description="a job whose worker is silent this long is taken over")
     seed: int = Field(0, ge=0, description="seed of splits, order and initial LoRA weights")
 

@@ -34,9 +34,13 @@ class Aliases(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Live(Aliases, frozen=True, kw_only=True):
-    """Which versions the aliases point at."""
+    """Which versions the aliases point at.
 
-    artifacts: dict[int, str | None]  # version -> artifact hash, for live and previous
+    `alternates` may draft beside the live version, for requests they fit better; ascending, live never among them.
+    """
+
+    artifacts: dict[int, str | None]  # version -> artifact hash, for all that are named
+    alternates: tuple[int, ...] = ()
 
 
 class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,7 +28,8 @@ class Batch:
     """Sequences end to end and the positions they judge, in the order of the blocks and their records.
 
     Shapes (t tokens, n records, k): token_ids, position_ids [1, t]; `lengths` sum to t; place [n] indexes the
-    hidden states; topk_ids, topk_logprobs [n, k] falling, natural, at temperature 1; weights [n], sum one;
+    hidden states; topk_ids, topk_logprobs [n, k] falling, natural, at temperature 1; weights [n], sum one unless the
+    blocks are a part of more;
     temperature, top_p, min_p [n] and top_k [n] int64 as the request asked for.
     """
 
@@ -59,19 +60,24 @@ class RowWeights:
 EQUAL = RowWeights()
 
 
-def collate(blocks: Sequence[VerifiedBlock], weights: RowWeights = EQUAL) -> Batch:
+def collate(
+    blocks: Sequence[VerifiedBlock], weights: RowWeights = EQUAL, part_of: Sequence[VerifiedBlock] | None = None
+) -> Batch:
     """Lay blocks end to end; with unequal top-k the smallest wins and the rest joins the tail.
 
-    Rows are weighted by their verdict and by one over the chance that they were logged.
+    Rows are weighted by their verdict and by one over the chance that they were logged.  Where the blocks are a part
+    of more, the weights of all parts together sum to one, and all have the same top-k.
     """
+    everything = blocks if part_of is None else part_of
     sequences = _join_requests(blocks)
     starts = np.cumsum([0] + [len(item.token_ids) for item in sequences])
     places, owner = [], {i: (n, item) for n, item in enumerate(sequences) for i in item.blocks}
     for i, block in enumerate(blocks):
         n, item = owner[i]
         places.append(block.array("positions").astype(np.int64) - item.first_position - 1 + starts[n])
-    k = min(block.top_k for block in blocks)
+    k = min(block.top_k for block in everything)
     rows = np.concatenate([_row_weights(block, weights) for block in blocks])
+    total = rows.sum() if part_of is None else sum(_row_weights(block, weights).sum() for block in part_of)
     sizes = torch.tensor([block.num_records for block in blocks])
     positions = [np.arange(len(item.token_ids)) + item.first_position for item in sequences]
 
@@ -85,7 +91,7 @@ def collate(blocks: Sequence[VerifiedBlock], weights: RowWeights = EQUAL) -> Bat
         place=_join(places),
         topk_ids=_join([block.array("topk_ids")[:, :k].astype(np.int64) for block in blocks]),
         topk_logprobs=_join([block.array("topk_logprobs")[:, :k].astype(np.float32) for block in blocks]),
-        weights=torch.from_numpy(rows / max(rows.sum(), np.finfo(np.float64).tiny)).float(),
+        weights=torch.from_numpy(rows / max(total, np.finfo(np.float64).tiny)).float(),
         temperature=asked([block.sampling.temperature for block in blocks]),
         top_p=asked([block.sampling.top_p for block in blocks]),
         top_k=asked([block.sampling.top_k for block in blocks]),

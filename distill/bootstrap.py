@@ -9,10 +9,8 @@ from the seed and the recipe.  Called by `draftsmith bootstrap`.
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +24,17 @@ from transformers.masking_utils import AttentionMaskInterface
 from adapter.artifacts import file_sha256
 from adapter.contracts import SettingsError
 from adapter.models import attach_shared, empty_draft, read_shared
-from adapter.pairs import DRAFT_MANIFEST, DRAFT_TENSORS, DraftManifest, model_fingerprint, read_config
-from distill.losses import sparse_teacher_loss
+from adapter.pairs import (
+    DRAFT_MANIFEST,
+    DRAFT_TENSORS,
+    DraftManifest,
+    load_draft_manifest,
+    model_fingerprint,
+    read_config,
+)
+from distill.bootstrap_recipe import OPENINGS, Recipe
+from distill.bootstrap_training import Report, evaluate, own_weights, train, used_tokens
 from distill.selfplay import SelfPlay, chat_turns, grouped_attention, write_chats
-
-Report = Callable[[str, int, int, dict[str, float]], None]  # phase, done, total, figures
-
-_USER_WEIGHT = 0.5  # user turns are text too, but answers are what will be drafted
-_SAVE_EVERY = 40
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Everything that decides the result.
-
-    `shards` of `rows` chats with `length` tokens are written, the last shard is held out;
-    `steps` optimizer steps of `batch_rows` chats follow.  The loss is forward KL first; over the
-    second half its share falls to `final_kl_share` and -log(acceptance) takes the rest.
-    """
-
-    layers: int = 4
-    shards: int = 14
-    rows: int = 128
-    length: int = 384
-    top_k: int = 32
-    steps: int = 400
-    batch_rows: int = 16
-    learning_rate: float = 1e-3
-    warmup_steps: int = 20
-    final_kl_share: float = 0.4
-    seed: int = 20261121
 
 
 def choose_layers(num_layers: int, keep: int) -> list[int]:
@@ -71,16 +50,25 @@ def choose_layers(num_layers: int, keep: int) -> list[int]:
     return [*range(keep - 1), num_layers - 1]
 
 
-def bootstrap(target: Path, target_name: str, out: Path, work: Path, recipe: Recipe, report: Report) -> DraftManifest:
+def bootstrap(
+    target: Path, target_name: str, out: Path, work: Path, recipe: Recipe, report: Report, start: Path | None = None
+) -> DraftManifest:  # fmt: skip
     """Run all phases, continuing where an earlier run of the same recipe stopped.
 
+    Args:
+        start: a draft of this target to go on from; None begins with the target's own layers.
+
     Raises:
-        SettingsError: the target is not Llama-shaped, or `work` belongs to another recipe.
+        SettingsError: the target is not Llama-shaped, `start` is no draft of it, or `work` belongs to another recipe.
     """
+    if start is not None:
+        recipe = _check_start(start, target, recipe)
     _claim(work, recipe, target)
     _write_shards(target, work, recipe, report)
-    model = _train(target, work, recipe, report)
-    measured = evaluate(model, _load_shard(work, recipe.shards - 1), recipe.batch_rows)
+    shards = [_load_shard(work, i) for i in range(recipe.shards)]
+    model = train(_begin(target, start, recipe), shards[:-1], recipe, work, report)
+    vocabulary = used_tokens(shards[:-1], recipe.vocab_size, model.lm_head.weight.shape[0])
+    measured = evaluate(model, shards[-1], recipe.batch_rows, vocabulary)
     return _export(model, target, target_name, out, recipe, measured)
 
 
@@ -94,7 +82,9 @@ def _write_shards(target: Path, work: Path, recipe: Recipe, report: Report) -> N
     AttentionInterface.register("draftsmith_grouped", grouped_attention)
     AttentionMaskInterface.register("draftsmith_grouped", lambda *args, **kwargs: None)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    turns = chat_turns(AutoTokenizer.from_pretrained(target))
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    turns = chat_turns(tokenizer)
+    openings = [tokenizer.encode(words, add_special_tokens=False) for words in OPENINGS]
     total = recipe.shards * recipe.rows * recipe.length
     done = (recipe.shards - len(missing)) * recipe.rows * recipe.length
     for index in missing:
@@ -106,7 +96,7 @@ def _write_shards(target: Path, work: Path, recipe: Recipe, report: Report) -> N
 
         chats = write_chats(
             model, turns, rows=recipe.rows, length=recipe.length, seed=recipe.seed * 1000 + index,
-            top_k=recipe.top_k, on_step=heard,
+            top_k=recipe.top_k, openings=openings, opened=recipe.openings, on_step=heard,
         )  # fmt: skip
         path = _shard(work, index)
         save_file({name: getattr(chats, name).contiguous() for name in SelfPlay.__slots__}, path.with_suffix(".part"))
@@ -155,115 +145,35 @@ def _kept_name(name: str, layers: list[int]) -> str | None:
     return None
 
 
-def _train(target: Path, work: Path, recipe: Recipe, report: Report) -> Any:
+def _begin(target: Path, start: Path | None, recipe: Recipe) -> Any:
+    """Build the draft that training begins with."""
     layers = choose_layers(read_config(target)["num_hidden_layers"], recipe.layers)
     model = prune(target, layers)
-    own = [p for name, p in model.named_parameters() if ".layers." in name or name == "model.norm.weight"]
-    for parameter in own:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(own, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    step = _resume(work, model, optimizer)
-    shards = [_load_shard(work, i) for i in range(recipe.shards - 1)]
-    rows = [(shard, row) for shard in range(len(shards)) for row in range(recipe.rows)]
-    model.train()
-    while step < recipe.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(step, recipe)
-        batch = _batch(shards, _draw_rows(rows, step, recipe))
-        loss, stats = _loss(model, batch, _kl_share(step, recipe))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(own, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        report("training", step, recipe.steps, {"kl": stats.kl, "acceptance": stats.acceptance})
-        if step % _SAVE_EVERY == 0 or step == recipe.steps:
-            _save(work, model, optimizer, step)
-    return model.eval()
+    if start is not None:
+        begin = {name: value.float() for name, value in load_file(start / DRAFT_TENSORS).items()}
+        model.load_state_dict(begin, strict=False)
+    return model
 
 
-def _schedule(step: int, recipe: Recipe) -> float:
-    if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+def _check_start(start: Path, target: Path, recipe: Recipe) -> Recipe:
+    """Return the recipe with the name of what it begins with.
 
-
-def _kl_share(step: int, recipe: Recipe) -> float:
-    """1 over the first half, then falling linearly: -log(acceptance) alone learns badly from cold."""
-    progress = max(0.0, step / recipe.steps - 0.5) * 2
-    return 1.0 - progress * (1.0 - recipe.final_kl_share)
-
-
-def _draw_rows(rows: list[tuple[int, int]], step: int, recipe: Recipe) -> list[tuple[int, int]]:
-    """Walk a fresh permutation of all chats each epoch; a pure function of the step, so resuming is exact."""
-    chosen = []
-    for i in range(step * recipe.batch_rows, (step + 1) * recipe.batch_rows):
-        epoch, index = divmod(i, len(rows))
-        generator = torch.Generator().manual_seed(recipe.seed + epoch)
-        chosen.append(rows[int(torch.randperm(len(rows), generator=generator)[index])])
-    return chosen
-
-
-def _batch(shards: list[SelfPlay], chosen: list[tuple[int, int]]) -> SelfPlay:
-    return SelfPlay(
-        **{name: torch.stack([getattr(shards[s], name)[r] for s, r in chosen]) for name in SelfPlay.__slots__}
-    )
-
-
-def _loss(model: Any, batch: SelfPlay, kl_share: float) -> tuple[torch.Tensor, Any]:
-    hidden = model.model(input_ids=batch.token_ids[:, :-1].long(), use_cache=False).last_hidden_state
-    weights = batch.free_mask * torch.where(batch.answer_mask, 1.0, _USER_WEIGHT)
-    keep = weights.flatten() > 0
-    weights = weights.flatten()[keep]
-    return sparse_teacher_loss(
-        hidden.flatten(0, 1)[keep], model.lm_head.weight, batch.topk_ids.flatten(0, 1)[keep].long(),
-        batch.topk_logprobs.flatten(0, 1)[keep].float(), weights / weights.sum(), kind="blend", blend=kl_share,
-    )  # fmt: skip
-
-
-def _save(work: Path, model: Any, optimizer: Any, step: int) -> None:
-    temporary = work / "checkpoint.part"
-    torch.save({"step": step, "model": own_weights(model), "optimizer": optimizer.state_dict()}, temporary)
-    os.replace(temporary, work / "checkpoint.pt")
-
-
-def _resume(work: Path, model: Any, optimizer: Any) -> int:
-    path = work / "checkpoint.pt"
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    Raises:
+        SettingsError: a draft of another target, or of other layers.
+    """
+    manifest = load_draft_manifest(start)
+    layers = tuple(choose_layers(read_config(target)["num_hidden_layers"], recipe.layers))
+    if manifest.target_fingerprint != model_fingerprint(target):
+        raise SettingsError(f"{start} is a draft of {manifest.target_name}, not of this target; leave --start out")
+    if manifest.layers != layers:
+        raise SettingsError(
+            f"{start} keeps the layers {list(manifest.layers)}, asked for are {list(layers)}; "
+            f"choose --layers {len(manifest.layers)} or leave --start out"
+        )
+    return replace(recipe, start=manifest.sha256)
 
 
 # -- result ----------------------------------------------------------------------------------
-
-
-def own_weights(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors a pruned draft does not share with its target."""
-    return {
-        name: tensor for name, tensor in model.state_dict().items() if ".layers." in name or name == "model.norm.weight"
-    }
-
-
-@torch.no_grad()
-def evaluate(model: Any, chats: SelfPlay, batch_rows: int) -> dict[str, Any]:
-    """Score a draft on chats it never saw: how often its likeliest token is the target's, in answers.
-
-    That is the acceptance of greedy traffic, given that everything before was right.
-    """
-    hits = total = 0
-    model.eval()
-    for start in range(0, len(chats.token_ids), batch_rows):
-        part = slice(start, start + batch_rows)
-        mask = chats.answer_mask[part] & chats.free_mask[part]
-        hidden = model.model(input_ids=chats.token_ids[part, :-1].long(), use_cache=False).last_hidden_state[mask]
-        for piece, truth in zip(hidden.split(512), chats.topk_ids[part][mask][:, 0].split(512), strict=True):
-            hits += int((model.lm_head(piece).argmax(-1) == truth).sum())
-            total += len(truth)
-    return {"acceptance": hits / max(1, total), "positions": total, "what": "greedy, held-out self-written chats"}
 
 
 def _export(

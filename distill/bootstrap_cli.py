@@ -16,9 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from adapter.contracts import DraftsmithError
 from adapter.models import find_model
+from adapter.pairs import SHIPPED
 from adapter.settings import DEFAULT_TARGET, load_settings
-from distill.bootstrap import Recipe
 from distill.bootstrap import bootstrap as make_draft
+from distill.bootstrap_recipe import Recipe
 
 _DEFAULT = Recipe()
 console = Console(stderr=True)
@@ -36,6 +37,14 @@ Length = Annotated[int, typer.Option("--length", min=32, help="Tokens of a chat.
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")]
 BatchRows = Annotated[int, typer.Option("--batch-rows", min=1, help="Chats of an optimizer step.")]
 LearningRate = Annotated[float, typer.Option("--learning-rate", min=0.0, help="Peak learning rate.")]
+Openings = Annotated[
+    float, typer.Option("--openings", min=0.0, max=1.0, help="Share of chats that begin with a given word.")
+]
+VocabSize = Annotated[int, typer.Option("--vocab-size", min=0, help="Tokens the draft is trained to score; 0: all.")]
+Start = Annotated[
+    str | None,
+    typer.Option("--start", help="Folder of a draft to go on from; `shipped`: the one that came with Draftsmith."),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the text and of the order of training.")]
 
 
@@ -59,23 +68,25 @@ def bootstrap(
     out: Out, target: Target = DEFAULT_TARGET, work: Work = None, layers: Layers = _DEFAULT.layers,
     shards: Shards = _DEFAULT.shards, rows: Rows = _DEFAULT.rows, length: Length = _DEFAULT.length,
     steps: Steps = _DEFAULT.steps, batch_rows: BatchRows = _DEFAULT.batch_rows,
-    learning_rate: LearningRate = _DEFAULT.learning_rate, seed: Seed = _DEFAULT.seed,
+    learning_rate: LearningRate = _DEFAULT.learning_rate, openings: Openings = _DEFAULT.openings,
+    vocab_size: VocabSize = _DEFAULT.vocab_size, start: Start = None, seed: Seed = _DEFAULT.seed,
 ) -> None:  # fmt: skip
     """Make a day-0 draft for a Llama-shaped target, from text the target writes itself."""
     recipe = Recipe(
         layers=layers, shards=shards, rows=rows, length=length, steps=steps, batch_rows=batch_rows,
-        learning_rate=learning_rate, seed=seed,
+        learning_rate=learning_rate, openings=openings, vocab_size=vocab_size, seed=seed,
     )  # fmt: skip
     settings = load_settings()
     folder = find_model(target, settings.cache_dir)
     name = target if target == DEFAULT_TARGET else folder.name
+    begin = SHIPPED / name if start == "shipped" else Path(start) if start else None
     work = work or settings.cache_dir / "bootstrap" / name
     columns = (
         TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        manifest = make_draft(folder, name, out, work, recipe, _Bars(progress).report)
+        manifest = make_draft(folder, name, out, work, recipe, _Bars(progress).report, begin)
     console.print(
         f"draft of layers {list(manifest.layers)} in {out}; acceptance {manifest.measured['acceptance']:.3f} over "
         f"{manifest.measured['positions']} held-out positions",

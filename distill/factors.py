@@ -13,6 +13,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
+from distill.sharding import placed, whole
+
 Factors = dict[str, torch.Tensor]
 
 _ADAPTER = "default"
@@ -40,15 +42,15 @@ def initial_factors(shapes: dict[str, tuple[int, int]], rank: int, seed: int) ->
 
 
 def factors_of(tuned: Any) -> Factors:
-    """Copy the factors out of a model, under their artifact names."""
-    return {name: weight.detach().float().clone() for name, weight in _weights(tuned).items()}
+    """Copy the factors out of a model, under their artifact names; of a split one, every rank must at once."""
+    return {name: whole(weight.detach()).float().clone() for name, weight in _weights(tuned).items()}
 
 
 def set_factors(tuned: Any, factors: Factors) -> None:
-    """Write factors into a model."""
+    """Write factors into a model, or into a rank's part of it."""
     with torch.no_grad():
         for name, weight in _weights(tuned).items():
-            weight.copy_(factors[name])
+            weight.copy_(placed(factors[name], weight))
 
 
 def _weights(tuned: Any) -> Factors:

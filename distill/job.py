@@ -31,12 +31,13 @@ from adapter.registry import Registry
 from adapter.settings import Settings
 from adapter.versions import Draft, Live
 from adapter.vocab_registry import LiveVocab, Vocabularies
+from distill.assignment import Assignment
 from distill.evidence import Evidence, choose, collect
 from distill.factors import Factors
 from distill.gate import StoredDrafts, judge
 from distill.goodput import costs_of
 from distill.kept import Fit, best_fit, kept_versions, newest_blocks
-from distill.scoring import score_blocks
+from distill.ranks import Ranks
 from distill.tuning import Material, Progress, TrainingError, Tuned, train
 from distill.verdict import CHAMPION, GateRules, Scores
 from distill.vocab_job import allowed_tokens, renew_vocabulary
@@ -49,9 +50,12 @@ _MOST_LOOKS = 8  # most of what judged longer ago has been replaced by newer req
 
 
 def run_job(
-    settings: Settings, engine: Engine, job_id: str, epoch: int, emit: Emit, clock: Callable[[], float] = time.time
-) -> dict[str, Any]:
+    settings: Settings, engine: Engine, job_id: str, epoch: int, emit: Emit, clock: Callable[[], float] = time.time,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Find or train a version and judge it; return what goes into the job's result.
+
+    Only rank 0 of `ranks` calls this; the others help with the training itself (`distill.assignment`).
 
     Raises:
         TrainingError: it cannot work, now or later.
@@ -67,7 +71,8 @@ def run_job(
         fence(connection)
     for draft in registry.drafts():
         if draft.job_id == job_id:  # killed between publishing and reporting
-            return _result("train", draft, draft.gate, clock() - began, compared_with=draft.parent)
+            action = "admit" if draft.state == "ready" and not draft.gate.get("passed", True) else "train"
+            return _result(action, draft, draft.gate, clock() - began, compared_with=draft.parent)
     folder = settings.data_dir / "jobs" / job_id
     folder.mkdir(parents=True, exist_ok=True)
     evidence = choose(folder, collect(settings, pair, clock), settings)
@@ -81,6 +86,7 @@ def run_job(
         Vocabularies(engine).live(),
         jobs.get(job_id),
         folder,
+        ranks or Ranks.alone(),
     )
     fit = run.look_back(clock())
     if fit is not None:
@@ -88,21 +94,24 @@ def run_job(
         gate["verdict"] = f"{fit.sentence}; {gate['verdict']}"
         if gate["passed"]:
             return _result("switch", fit.draft, gate, clock() - began, compared_with=run.live.live)
+        if gate["wins"] and settings.engine.alternates and fit.draft.version not in run.live.alternates:
+            return _result("admit", fit.draft, gate, clock() - began, compared_with=run.live.live)
         log.info("kept_version_not_taken", version=fit.draft.version, verdict=gate["verdict"])
     tuned, scores = run.tune(emit)
     trained_on = evidence.summary() | _account(tuned)
     manifest = run.store(tuned.factors, trained_on, clock())
     gate = run.judge(manifest.sha256, scores)
+    beside = bool(not gate["passed"] and gate["wins"] and settings.engine.alternates)
     draft = registry.publish(
-        parent=run.live.live, state="ready" if gate["passed"] else "rejected", artifact_sha256=manifest.sha256,
-        artifact_bytes=manifest.size_bytes, trained_on=trained_on, gate=gate, reason=gate["verdict"], job_id=job_id,
-        actor=_ACTOR, fence=fence,
+        parent=run.live.live, state="ready" if gate["passed"] or beside else "rejected",
+        artifact_sha256=manifest.sha256, artifact_bytes=manifest.size_bytes, trained_on=trained_on, gate=gate,
+        reason=gate["verdict"], job_id=job_id, actor=_ACTOR, fence=fence,
     )  # fmt: skip
-    if gate["passed"]:
+    if draft.state == "ready":
         run.mark()
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     vocabulary = run.renew_vocabulary(fence)
-    result = _result("train", draft, gate, clock() - began, compared_with=run.live.live)
+    result = _result("admit" if beside else "train", draft, gate, clock() - began, compared_with=run.live.live)
     return result if vocabulary is None else result | {"vocabulary": vocabulary}
 
 
@@ -119,6 +128,7 @@ class _Run:
     vocabulary: LiveVocab
     job: Job
     folder: Path
+    ranks: Ranks
     _stored: StoredDrafts | None = None
 
     @property
@@ -143,16 +153,19 @@ class _Run:
 
     def tune(self, emit: Emit) -> tuple[Tuned, Scores]:
         """Train; return the result and how the unmerged factors score on the gate's blocks."""
-        settings, coupling = self.settings.distill, self.settings.engine.coupling
-        model, allowed = load_draft(self.pair, torch.float32), self.allowed()
-        tuned = train(
-            model, self.pair.lora_shapes,
-            Material(fresh=self.evidence.fresh, replay=self.evidence.replay, validation=self.evidence.validation),
-            settings, coupling=coupling, allowed=allowed, start=self._live_factors(),
-            checkpoint=self.folder / "checkpoint.pt", report=_Throttle(emit),
+        found = self.evidence
+        assignment = Assignment(
+            pair=self.pair, judged=found.gate, coupling=self.settings.engine.coupling, allowed=self.allowed(),
+            material=Material(fresh=found.fresh, replay=found.replay, validation=found.validation),
+            start=self._live_factors(), checkpoint=self.folder / "checkpoint.pt",
         )  # fmt: skip
-        head = model.get_output_embeddings().weight.detach()
-        return tuned, score_blocks(model, head, self.evidence.gate, coupling, allowed)
+        self.ranks.hand_out(assignment)
+        model = load_draft(self.pair, torch.float32)
+        tuned = train(
+            model, self.pair.lora_shapes, assignment.material, self.settings.distill, **assignment.terms,
+            report=_Throttle(emit), ranks=self.ranks,
+        )  # fmt: skip
+        return tuned, assignment.score(model, self.ranks)
 
     def store(self, factors: Factors, trained_on: dict[str, Any], now: float) -> artifacts.Manifest:
         """Write the artifact."""
@@ -255,8 +268,8 @@ def _result(
         "state": draft.state,
         "verdict": gate.get("verdict", draft.reason),
         "seconds": round(seconds, 3),
-        "blocks": draft.trained_on.get("blocks", 0) if action == "train" else 0,
-        "tokens": draft.trained_on.get("tokens", 0) if action == "train" else 0,
+        "blocks": draft.trained_on.get("blocks", 0) if action != "switch" else 0,
+        "tokens": draft.trained_on.get("tokens", 0) if action != "switch" else 0,
         "compared_with": compared_with,
         "gate": gate,
     }

@@ -11,7 +11,7 @@ Knows nothing about drafts or losses.  Called by `distill.bootstrap`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,11 +160,14 @@ def write_chats(
     length: int,
     seed: int,
     top_k: int = 32,
+    openings: Sequence[list[int]] = (),
+    opened: float = 0.0,
     on_step: Callable[[int], None] = lambda tokens: None,
 ) -> SelfPlay:
     """Let `model` write `rows` chats of exactly `length` tokens each.
 
-    Shapes: see `SelfPlay`.  `on_step` hears the number of tokens written by each step.
+    Shapes: see `SelfPlay`.  A share `opened` of the chats begins with one of `openings`, token ids of a user turn's
+    first words.  `on_step` hears the number of tokens written by each step.
     """
     generator = torch.Generator().manual_seed(seed)
     model.set_attn_implementation("draftsmith_grouped")
@@ -179,6 +182,10 @@ def write_chats(
     choice = torch.randint(len(ANSWER_TEMPERATURES), (rows,), generator=generator)
     answer_temperature = torch.tensor(ANSWER_TEMPERATURES)[choice]
     forced: list[list[int]] = [[] for _ in range(rows)]
+    if openings:
+        begins = torch.rand(rows, generator=generator) < opened
+        which = torch.randint(len(openings), (rows,), generator=generator)
+        forced = [list(openings[int(which[row])]) if begins[row] else [] for row in range(rows)]
     in_answer = torch.zeros(rows, dtype=torch.bool)
     new = tokens[:, :start]
     for position in range(start, length):

@@ -36,6 +36,9 @@ from adapter.settings import Settings, child_environment
 log = structlog.get_logger(__name__)
 
 TRAINER = (sys.executable, "-m", "distill.trainer")
+LAUNCHER = (
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--log-dir", os.devnull,
+)  # fmt: skip
 _POLL_S = 0.25
 _TERM_S = 5.0
 _ERROR_CHARS = 2000
@@ -86,13 +89,16 @@ class _Run:
     lines: queue.SimpleQueue[bytes] = field(default_factory=queue.SimpleQueue)
     result: dict[str, Any] | None = None
     progress: dict[str, Any] | None = None
+    failure: dict[str, Any] | None = None
 
     def run(self) -> str:
         """Start the trainer, watch it to its end, close the job."""
         folder = self.settings.data_dir / "jobs" / self.job.id
         folder.mkdir(parents=True, exist_ok=True)
         words = folder / f"trainer-{self.job.epoch}.log"
-        command = [*TRAINER, "--job", self.job.id, "--epoch", str(self.job.epoch)]
+        processes = self.settings.distill.processes
+        trainer = TRAINER if processes == 1 else (*LAUNCHER, "--nproc-per-node", str(processes), *TRAINER[1:])
+        command = [*trainer, "--job", self.job.id, "--epoch", str(self.job.epoch)]
         with (
             words.open("wb") as stderr,
             subprocess.Popen(
@@ -158,6 +164,8 @@ class _Run:
                 news = True
                 if isinstance(message.get("result"), dict):
                     self.result = message["result"]
+                elif isinstance(message.get("failure"), dict):
+                    self.failure = message["failure"]
                 else:
                     self.progress = message
 
@@ -180,11 +188,14 @@ class _Run:
             if self.progress is not None:
                 self._heartbeat()
             return "done" if self.jobs.finish(job_id, epoch, result=self.result) else "lost"
+        if ending == "exited" and self.failure is not None:  # torchrun's own status and words say less
+            status = int(self.failure.get("status", status))
         reason = {
             "time_out": f"stopped after {2 * self.settings.distill.max_seconds + 120:g} s",
             "stopped": "the worker was stopped; the next one goes on from the checkpoint",
         }.get(ending, f"the trainer {_describe(status)}")
-        tail = "" if ending == "stopped" else _tail(words)
+        said = self.failure.get("error") if ending == "exited" and self.failure is not None else None
+        tail = "" if ending == "stopped" else str(said or _tail(words))[-_ERROR_CHARS:]
         retry = not (ending == "exited" and status == _FINAL_ERROR)
         self.jobs.fail(job_id, epoch, error=f"{reason}: {tail}" if tail else reason, retry=retry)
         log.warning("trainer_failed", job_id=job_id, epoch=epoch, reason=reason)
@@ -192,7 +203,13 @@ class _Run:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End the trainer and everything it started; it keeps no state that a kill could tear."""
+    """End the trainer and everything it started; it keeps no state that a kill could tear.
+
+    torchrun gives each of its processes a session of its own, which no signal to the group reaches: they all have
+    its stdin, and leave when that closes.
+    """
+    if process.stdin is not None:
+        process.stdin.close()
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)

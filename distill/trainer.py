@@ -3,6 +3,9 @@
 Its stdin is a pipe and it exits when that closes; run by hand it needs a terminal there.  It reads settings from
 the environment, prints JSON lines to stdout (progress, at last {"result": …}) and words to stderr.  Exit status:
 0 done, 2 it would fail again, 1 anything else.  What a job does is in `distill.job`.
+
+With `distill.processes` above one, torchrun starts as many of these, each with that stdin; rank 0 alone prints.
+torchrun ends with 1 whatever its processes ended with, so rank 0 also prints {"failure": {"status": …, "error": …}}.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import argparse
 import os
 import sys
 import threading
+import traceback
 from typing import Any
 
 import msgspec
@@ -21,9 +25,11 @@ from transformers.utils import logging as transformers_logging
 from adapter.contracts import DraftsmithError
 from adapter.cores import step_aside, taking
 from adapter.database import open_database
-from adapter.settings import load_settings
+from adapter.settings import Settings, load_settings
+from distill.assignment import follow
 from distill.energy import Energy
 from distill.job import run_job
+from distill.ranks import Ranks, launched
 from distill.replay import ReplayError
 
 FINAL_ERROR = 2
@@ -39,20 +45,44 @@ def main(argv: list[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     try:
-        settings, energy = load_settings(), Energy()
-        step_aside(settings.distill.nice)
-        torch.set_num_threads(settings.distill.threads)
-        engine = open_database(settings.database)
-        with taking(settings.run_dir, settings.distill.threads):
-            result = run_job(settings, engine, arguments.job, arguments.epoch, _print_line)
-        _print_line({"result": result | {"joules": energy.joules()}})
+        _work(load_settings(), arguments.job, arguments.epoch)
     except ReplayError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+        return _failed(str(error), 1)
     except DraftsmithError as error:
-        sys.stderr.write(f"{error}\n")
-        return FINAL_ERROR
+        return _failed(str(error), FINAL_ERROR)
+    except Exception:
+        if not launched():
+            raise
+        return _failed(traceback.format_exc(), 1)
     return 0
+
+
+def _work(settings: Settings, job_id: str, epoch: int) -> None:
+    """Do the job, or help the process that does."""
+    energy, distill = Energy(), settings.distill
+    step_aside(distill.nice)
+    torch.set_num_threads(distill.threads)
+    ranks = Ranks.alone() if distill.processes == 1 else Ranks.join(distill.processes)
+    if not ranks.first:
+        follow(distill, ranks)
+        ranks.leave()
+        return
+    engine = open_database(settings.database)
+    try:
+        with taking(settings.run_dir, distill.processes * distill.threads):
+            result = run_job(settings, engine, job_id, epoch, _print_line, ranks=ranks)
+    finally:
+        ranks.dismiss()
+    _print_line({"result": result | {"joules": energy.joules()}})
+    ranks.leave()
+
+
+def _failed(words: str, status: int) -> int:
+    """Say how this ends; return the exit status."""
+    sys.stderr.write(f"{words}\n")
+    if launched() and os.environ.get("RANK") == "0":
+        _print_line({"failure": {"status": status, "error": words}})
+    return status
 
 
 def _exit_with_parent() -> None:

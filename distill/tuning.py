@@ -2,8 +2,9 @@
 
 Every learning rate is tried for the first part of the training; the one that does best on the validation
 blocks goes on to the end (`distill.trials`).  Order, batches and initial factors follow from the seed, and a
-checkpoint every few seconds lets a killed training go on where it was.  Knows nothing about jobs, Redis or
-the registry.  Called by `distill.trainer`.
+checkpoint every few seconds lets a killed training go on where it was.  Several processes may share one draft
+(`distill.sharding`): every step is that of one process on the whole batch, and rank 0's clock decides.  Knows nothing
+about jobs, Redis or the registry.  Called by `distill.assignment`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import torch
 
 from adapter.contracts import Coupling, DraftsmithError, VerifiedBlock
 from adapter.sections import DistillSettings
-from distill.batches import RowWeights, by_request, collate, judged_states, num_tokens, plan_batches
+from distill.batches import RowWeights, by_request, judged_states, num_tokens, plan_batches
 from distill.factors import Factors, attach, factors_of, set_factors
 from distill.laws import lesson
 from distill.losses import LossStats, kl_share, sparse_teacher_loss
-from distill.scoring import score_blocks, weighted_mean
+from distill.ranks import Ranks
+from distill.scoring import weighted_mean
 from distill.selection import draw_by_segment
+from distill.sharding import collate_share, placed_state, score_together, shard, whole, whole_state
 from distill.trials import Trial, Trials, begin, load_trials, save_trials
 from distill.vocabulary import Vocabulary
 from kernels.packed_linear import packing_works
@@ -96,20 +99,23 @@ def train(
     checkpoint_every_s: float = 15.0,
     report: Callable[[Progress], None] = lambda progress: None,
     clock: Callable[[], float] = time.monotonic,
+    ranks: Ranks | None = None,
 ) -> Tuned:
     """Train factors for the modules in `shapes` ({name: (out, in)}) on `material`.
 
     `model` is the base draft in float32; it is left with the best factors attached, unmerged.  `allowed` [size]
-    are the tokens it scores when serving, ascending; None for all.
+    are the tokens it scores when serving, ascending; None for all.  Every process of `ranks` calls this with the same
+    arguments, gets the same result, and is left with its part of the model; rank 0 reads and writes the checkpoint.
 
     Raises:
         TrainingError: there is nothing to train on, or the loss stopped being finite.
     """
     if not material.fresh and not material.replay:
         raise TrainingError("there are no logged blocks to train on; serve some requests first")
-    return _Training(model, shapes, material, settings, coupling, allowed, start, checkpoint).run(
-        checkpoint_every_s, report, clock
+    training = _Training(
+        model, shapes, material, settings, coupling, allowed, start, checkpoint, ranks or Ranks.alone()
     )
+    return training.run(checkpoint_every_s, report, clock)
 
 
 class _Training:
@@ -117,28 +123,30 @@ class _Training:
 
     def __init__(
         self, model: Any, shapes: dict[str, tuple[int, int]], material: Material, settings: DistillSettings,
-        coupling: Coupling, allowed: torch.Tensor | None, start: Factors | None, checkpoint: Path | None,
+        coupling: Coupling, allowed: torch.Tensor | None, start: Factors | None, checkpoint: Path | None, ranks: Ranks,
     ) -> None:  # fmt: skip
         self._settings, self._material, self._coupling, self._allowed = settings, material, coupling, allowed
-        self._checkpoint = checkpoint
+        self._checkpoint, self._ranks = checkpoint, ranks
         full_head = model.get_output_embeddings().weight.detach()
         self._vocabulary = Vocabulary(allowed, full_head.shape[0])
         self._full_head, self._head = full_head, self._vocabulary.head_of(full_head)
         self._model = attach(model, shapes, rank=settings.rank, alpha=settings.alpha, seed=settings.seed, start=start)
+        shard(self._model, ranks)
         self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._plan = plan_steps(material, settings)
         self._weights = RowWeights(rejected=settings.rejected_weight, accepted=settings.accepted_weight)
         self._half = settings.half_precision and packing_works()
         self._every = max(1, len(self._plan) // _CHECKS)
         rates = settings.learning_rates
+        saved = ranks.share(load_trials(checkpoint, rates) if ranks.first else None)
         self._trials = Trials(
-            load_trials(checkpoint, rates) or begin(rates, factors_of(self._model)), steps=len(self._plan),
+            saved or begin(rates, factors_of(self._model)), steps=len(self._plan),
             max_seconds=settings.max_seconds, share=settings.trial_share, patience=_PATIENCE,
         )  # fmt: skip
 
     def run(self, checkpoint_every_s: float, report: Callable[[Progress], None], clock: Callable[[], float]) -> Tuned:
         """Try every rate, then follow the best one to its end."""
-        trials, saved = self._trials, clock()
+        trials, ranks, saved = self._trials, self._ranks, clock()
         for trial in trials.turns():
             optimizer = self._take_up(trial)
             began = clock() - trial.elapsed_s
@@ -146,12 +154,13 @@ class _Training:
                 loss, tokens = self._step(trial, optimizer)
                 trial.step += 1
                 trial.tokens += tokens
-                trial.elapsed_s = clock() - began
+                trial.elapsed_s = ranks.decide(clock() - began)
                 if trial.step % self._every == 0 or not trials.goes_on(trial):
                     self._check(trial)
-                if self._checkpoint is not None and clock() - saved >= checkpoint_every_s:
+                if self._checkpoint is not None and ranks.decide(clock() - saved) >= checkpoint_every_s:
                     self._put_down(trial, optimizer)
-                    save_trials(self._checkpoint, trials.all)
+                    if ranks.first:
+                        save_trials(self._checkpoint, trials.all)
                     saved = clock()
                 report(self._progress(trial, loss))
             self._put_down(trial, optimizer)
@@ -168,13 +177,13 @@ class _Training:
         set_factors(self._model, trial.factors)
         optimizer = torch.optim.AdamW(self._parameters, lr=trial.learning_rate, weight_decay=0.0)
         if trial.optimizer is not None:
-            optimizer.load_state_dict(trial.optimizer)
+            optimizer.load_state_dict(placed_state(trial.optimizer, self._parameters))
         if trial.step == 0:
             self._check(trial)
         return optimizer
 
     def _put_down(self, trial: Trial, optimizer: torch.optim.Optimizer) -> None:
-        trial.factors, trial.optimizer = factors_of(self._model), optimizer.state_dict()
+        trial.factors, trial.optimizer = factors_of(self._model), whole_state(optimizer)
 
     def _check(self, trial: Trial) -> None:
         known = self._trials.all[0].before if trial.step == 0 else None  # all begin alike
@@ -189,7 +198,9 @@ class _Training:
 
     def _score(self) -> float | None:
         blocks = self._material.validation
-        return weighted_mean(blocks, score_blocks(self._model, self._full_head, blocks, self._coupling, self._allowed))
+        return weighted_mean(
+            blocks, score_together(self._model, self._full_head, blocks, self._coupling, self._allowed, self._ranks)
+        )
 
     def _step(self, trial: Trial, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
         """Run one optimizer step; return its loss and how many tokens it read."""
@@ -198,21 +209,21 @@ class _Training:
         rate = trial.learning_rate * warm * max(_LR_FLOOR, 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = collate(self._plan[trial.step], self._weights)
-        share = kl_share(settings.loss, done=done, acceptance=trial.acceptance)
-        loss, stats = self._loss(batch, share)
+        batch, weight, tokens = collate_share(self._plan[trial.step], self._weights, self._ranks)
+        part, stats = self._loss(batch, kl_share(settings.loss, done=done, acceptance=trial.acceptance))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRAD_NORM)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        part.backward()  # type: ignore[no-untyped-call]
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRAD_NORM)).item()
+        loss, acceptance, read = self._ranks.total(part.item(), weight * stats.acceptance, tokens)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
-                f"the loss is {loss.item()} with gradient norm {norm.item()} at step {trial.step + 1}; nothing was "
+                f"the loss is {loss} with gradient norm {norm} at step {trial.step + 1}; nothing was "
                 f"published. Lower distill.learning_rates (now {trial.learning_rate:g}) or look at the logged blocks"
             )
         optimizer.step()
         known = trial.acceptance
-        trial.acceptance = stats.acceptance if known is None else _SMOOTH * known + (1 - _SMOOTH) * stats.acceptance
-        return loss.item(), batch.token_ids.numel()
+        trial.acceptance = acceptance if known is None else _SMOOTH * known + (1 - _SMOOTH) * acceptance
+        return loss, int(read)
 
     def _loss(self, batch: Any, share: float) -> tuple[torch.Tensor, LossStats]:
         taught = lesson(batch, self._vocabulary, self._settings.greedy_temperature)

@@ -2,7 +2,8 @@
 
 A candidate passes when the lower bound of its gain over what is live exceeds the least gain, and nothing else is
 certain to be worse than its margin: against the floor, in any segment, against the champion of a segment, on the
-anchor set, in predicted goodput.  Before that its stored file must score what the trainer said (parity).  Each
+anchor set, in predicted goodput.  Before that its stored file must score what the trainer said (parity).  One that
+does not pass may still be certain to gain in single segments; there it can draft beside what is live.  Each
 comparison is paired, position by position, on the same requests; records count as often as they stand for
 (`VerifiedBlock.row_weights`).
 
@@ -88,9 +89,10 @@ def compare(
         trainer: what the trainer scored on the same blocks with factors that were never merged or stored.
         costs: None leaves goodput unjudged.
 
-    The result is JSON: passed, outcome ("passed", "rejected" or "undecided"), verdict (one sentence), reasons
-    (every rule that said no), looks, what is said of the comparison with live (live, candidate, difference, interval,
-    confidence, requests, positions, judged), and by_segment, floor, champions, anchor, goodput and parity in the same
+    The result is JSON: passed, wins (segments in which it gains for certain though it did not pass), outcome
+    ("passed", "rejected" or "undecided"), verdict (one sentence), reasons (every rule that said no), looks, what is
+    said of the comparison with live (live, candidate, difference, interval, confidence, requests, positions,
+    judged), and by_segment, floor, champions, anchor, goodput and parity in the same
     manner.  `judged` is False where too few requests say too little; what was not compared at all is None.
     """
     live = references["live"]
@@ -113,6 +115,7 @@ def compare(
     result["reasons"] = [text for _, text in reasons]
     result["outcome"], why = reasons[0] if reasons else ("passed", "")
     result["passed"] = not reasons
+    result["wins"] = _wins(blocks, live, candidate, result, rules) if reasons and not broken else []
     result["verdict"] = f"{result['outcome'].capitalize()}{', ' if why else ''}{why}: {_sentence(result)}"
     return result
 
@@ -120,7 +123,7 @@ def compare(
 def unscored(outcome: str, why: str) -> dict[str, Any]:
     """Return the result where a draft could not be scored: "rejected" for the candidate, "undecided" for live."""
     return {
-        "passed": False, "outcome": outcome, "verdict": f"{outcome.capitalize()}: {why}.", "reasons": [why],
+        "passed": False, "wins": [], "outcome": outcome, "verdict": f"{outcome.capitalize()}: {why}.", "reasons": [why],
         "requests": 0, "positions": 0,
     }  # fmt: skip
 
@@ -144,12 +147,43 @@ def _reasons(result: dict[str, Any], rules: GateRules, broken: int) -> list[tupl
     named += [(f"the champion of {name}", part, rules.segment_margin) for name, part in result["champions"].items()]
     named.append(("live on the anchor set", result["anchor"], rules.anchor_margin))
     for name, part, margin in named:
-        if part is not None and part["judged"] and part["interval"][1] < -margin:
+        if part is not None and _loses(part, margin):
             found.append(("rejected", f"it loses {-part['difference']:.3f} against {name} ({_change(part)})"))
-    goodput = result["goodput"]
-    if goodput is not None and goodput["interval"] is not None and goodput["interval"][1] < -rules.goodput_margin:
-        found.append(("rejected", f"predicted goodput falls by {_share(-goodput['change'])}"))
+    if _loses_goodput(result, rules):
+        found.append(("rejected", f"predicted goodput falls by {_share(-result['goodput']['change'])}"))
     return found
+
+
+def _wins(
+    blocks: Sequence[VerifiedBlock], live: Scores, candidate: Scores, result: dict[str, Any], rules: GateRules
+) -> list[str]:  # fmt: skip
+    """Return the segments in which the candidate is certain to gain; the level is shared by all that are looked at.
+
+    None where it is not what the trainer measured, or loses to the floor or in goodput: then it fits nobody.
+    """
+    if (result["parity"] is not None and _far_off(result["parity"], rules)) or _loses_goodput(result, rules):
+        return []
+    if _loses(result["floor"], rules.segment_margin):
+        return []
+    judged = [name for name, part in result["by_segment"].items() if part["judged"]]
+    found = []
+    for name in judged:
+        level = 1 - (1 - rules.promotion_confidence) / len(judged)
+        part = _paired(*_of_segment(name, blocks, live, candidate), rules, confidence=level)
+        beaten = _loses(result["champions"].get(name), rules.segment_margin)
+        if part["interval"][0] > rules.min_gain and not beaten:
+            found.append(name)
+    return found
+
+
+def _loses(part: Part | None, margin: float) -> bool:
+    """Whether a comparison certainly ends below its margin."""
+    return part is not None and part["judged"] and bool(part["interval"][1] < -margin)
+
+
+def _loses_goodput(result: Part, rules: GateRules) -> bool:
+    goodput = result["goodput"]
+    return goodput is not None and goodput["interval"] is not None and goodput["interval"][1] < -rules.goodput_margin
 
 
 def _far_off(parity: Part, rules: GateRules) -> bool:
@@ -167,6 +201,8 @@ def _sentence(result: dict[str, Any]) -> str:
         f"on {result['requests']} held-out requests, {result['positions']:,} positions"
     ]
     goodput, anchor, missing = result["goodput"], result["anchor"], []
+    for name in result["wins"]:
+        said.append(f"it gains in segment {name} ({_change(result['by_segment'][name])})")
     if goodput is not None:
         how = "" if goodput["method"] == WALKED else f" ({goodput['method']})"
         said.append(f"predicted goodput {_share(goodput['change'], sign='+')}{how}")

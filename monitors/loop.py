@@ -17,7 +17,7 @@ from monitors import cadence
 from monitors.drift import DriftDetector
 from monitors.guard import Guard, Judgement
 from monitors.notices import LOOP
-from monitors.outcomes import Outcome, outcome_of, promote
+from monitors.outcomes import ADMIT, Outcome, admit, outcome_of, promote
 from monitors.segments import Observation
 from monitors.transitions import Transitions
 
@@ -220,6 +220,8 @@ class LearningLoop(Transitions):
             self._failed(job, f"training {job.id} ended with a result that cannot be read: {job.result!r}")
         elif outcome.state == "rejected":
             self._refused(job, outcome)
+        elif self._settings.monitors.auto_promote and outcome.action == ADMIT:
+            self._admit(outcome)
         elif self._settings.monitors.auto_promote:
             self._promote(job, outcome)
         else:
@@ -261,6 +263,25 @@ class LearningLoop(Transitions):
         elif done.live is not None:
             self._passed()
             self._moved(done.live, because=outcome.sentence)
+
+    def _admit(self, outcome: Outcome) -> None:
+        """Let a version draft beside the live one; an attempt that somebody was faster than is made again."""
+        if outcome.version in self._registry.live().alternates:  # admitted just before a crash
+            self._passed()
+            self._watch(f"v{self.state.live} stays live; {outcome.sentence}")
+            return
+        done = admit(
+            self._registry, outcome, most=self._settings.engine.alternates, live=self.state.live or 0,
+            generation=self.state.generation, actor=ACTOR,
+        )  # fmt: skip
+        if done.refused is not None:
+            self.state.job_id = None
+            self._cool(f"v{outcome.version} was not admitted: {done.refused}", failed=False)
+        elif done.live is not None:
+            self.state.generation = done.live.generation
+            self._book.look_again(self.state.live or 0)  # what it lost on has another version now
+            self._passed()
+            self._cool(f"v{self.state.live} stays live; {outcome.sentence}", failed=False)
 
     def _undo(self, guard: Guard, judgement: Judgement) -> None:
         """Leave a version that is worse; one that is only back on the wrong traffic stays allowed."""

@@ -15,19 +15,22 @@ from adapter.jobs import Job
 from adapter.registry import Registry
 from adapter.versions import Live
 
-SWITCH = "switch"
+SWITCH, ADMIT = "switch", "admit"
 _MOVES = 100  # audit rows looked back on
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """A job's result. `switch` takes an older version again; `train` is a version of its own.
+    """A job's result.
+
+    `train` is a version of its own, `switch` takes an older one again, and `admit` is either of them where it gains in
+    single segments only: it may draft beside what is live.
 
     `compared_with` is the version that was live when it was judged, None where an older trainer does not say.
     """
 
     version: int
     state: Literal["ready", "rejected"]
-    action: Literal["train", "switch"] = "train"
+    action: Literal["train", "switch", "admit"] = "train"
     verdict: str | None = None
     compared_with: int | None = None
     gate: dict[str, Any] = {}
@@ -36,6 +39,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     def sentence(self) -> str:
         """The verdict; for a switch it says that it is one."""
         words = self.verdict or "no verdict"
+        if self.action == ADMIT:
+            return f"v{self.version} drafts beside it, where it fits better: {words}"
         return f"switched to v{self.version}, which was kept: {words}" if self.action == SWITCH else words
 
 
@@ -52,9 +57,25 @@ def outcome_of(job: Job) -> Outcome | None:
         outcome = msgspec.convert(job.result, Outcome)
     except msgspec.ValidationError:
         return None
-    if outcome.action == SWITCH and (outcome.state != "ready" or outcome.compared_with is None):
+    if outcome.action != "train" and (outcome.state != "ready" or outcome.compared_with is None):
         return None
     return outcome
+
+
+def admit(registry: Registry, outcome: Outcome, *, most: int, live: int, generation: int, actor: str) -> Promotion:
+    """Let a version draft beside the live one that it was judged against; `most` alternates in all."""
+    if outcome.compared_with != live:
+        return Promotion(refused=f"it was compared with v{outcome.compared_with}, and v{live} is live now")
+    try:
+        moved = registry.admit(
+            outcome.version, most=most, actor=actor, automatic=True, reason=outcome.sentence,
+            evidence=dict(outcome.gate), expected_generation=generation,
+        )  # fmt: skip
+    except ConflictError:
+        return Promotion()
+    except RegistryError as error:
+        return Promotion(refused=str(error))
+    return Promotion(live=moved)
 
 
 def promote(registry: Registry, outcome: Outcome, job: Job, *, live: int, generation: int, actor: str) -> Promotion:

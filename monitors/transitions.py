@@ -10,7 +10,7 @@ from collections.abc import Callable
 import structlog
 from sqlalchemy import Engine
 
-from adapter.contracts import FLOOR_VERSION
+from adapter.contracts import FLOOR_VERSION, RegistryError
 from adapter.hints import announcer
 from adapter.jobs import Jobs
 from adapter.registry import Registry
@@ -28,7 +28,7 @@ from monitors.segments import SegmentBook
 log = structlog.get_logger(__name__)
 
 LONGEST_COOLING_S = 3600.0
-_MOVES = ("promote", "roll_back", "install")
+_MOVES = ("promote", "roll_back", "install")  # of the alias `live`
 
 
 class Transitions:
@@ -108,7 +108,11 @@ class Transitions:
     def _moved(self, live: Live, because: str | None = None) -> None:
         """Take note that another version is live, whoever moved the alias."""
         first_look, left, was = self.state.generation == 0, self.state.live, self.state.generation
-        move = self._last_move(live.generation)
+        move = self._last_move(was, live.generation)
+        if not first_look and move is None and left == live.live:  # alternates came or went
+            self.state.generation = live.generation
+            self._save(self.state)
+            return
         reason = because or (move.reason if move else "")
         held = self.state.phase == "held"
         self.state.generation, self.state.live = live.generation, live.live
@@ -147,11 +151,28 @@ class Transitions:
             version=live.live, previous=previous, reference=self._book.recent(previous), switch=switch
         )
         self.state.collected = 0
+        self._keep_beside(previous, live, move)
         self._notices.resolve("CandidateReady", f"v{live.live}", f"v{live.live} was promoted")
         self._notices.open(
             "DraftPromoted", f"v{live.live}", "info", f"{move.actor} promoted v{live.live}: {reason}", {}
         )
         self._enter("observing", f"v{live.live} is live and compared with v{previous}")
+
+    def _keep_beside(self, previous: int, live: Live, move: AuditEntry) -> None:
+        """Let what was live go on drafting for requests it fits better, where nobody but the loop decided."""
+        most = self._settings.engine.alternates
+        if not (move.automatic and most) or previous in live.alternates:
+            return
+        reason = f"it was live before v{live.live}, and some requests may still fit it better"
+        try:
+            after = self._registry.admit(
+                previous, most=most, actor=move.actor, automatic=True, reason=reason,
+                expected_generation=live.generation,
+            )  # fmt: skip
+        except RegistryError as error:  # a conflict, or a version that may not draft any more
+            log.info("not_kept_beside", version=previous, reason=str(error))
+        else:
+            self.state.generation = after.generation
 
     def _in_vain(self, sentence: str, *, counts: bool) -> None:
         """Cool down, or give up where this was one time too often."""
@@ -171,7 +192,7 @@ class Transitions:
     def _why(self, drifting: dict[str, DriftDetector]) -> str:
         return "; ".join(drift_sentence(name, detector) for name, detector in sorted(drifting.items())[:3])
 
-    def _last_move(self, generation: int) -> AuditEntry | None:
-        return next(
-            (row for row in self._registry.audit(50) if row.generation == generation and row.verb in _MOVES), None
-        )
+    def _last_move(self, after: int, generation: int) -> AuditEntry | None:
+        """Return the newest move of the alias `live` in these generations."""
+        rows = (row for row in self._registry.audit(50) if after < row.generation <= generation)
+        return next((row for row in rows if row.verb in _MOVES), None)

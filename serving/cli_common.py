@@ -17,7 +17,7 @@ from sqlalchemy import Engine
 from adapter.contracts import SettingsError
 from adapter.database import migrate, open_database
 from adapter.settings import Settings
-from adapter.versions import Aliases
+from adapter.versions import Aliases, Live
 
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="The deployment's data folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -53,12 +53,20 @@ def actor() -> str:
 
 def alias_names(number: int, live: Aliases) -> list[str]:
     """Return which aliases point at a row."""
-    return [name for name, at in (("live", live.live), ("previous", live.previous)) if at == number]
+    named = [name for name, at in (("live", live.live), ("previous", live.previous)) if at == number]
+    return [*named, "alternate"] if number in _alternates(live) else named
 
 
 def say_live(console: Console, noun: str, live: Aliases, as_json: bool) -> None:
     """Print where the aliases point after a move; `noun` is what a row is called."""
+    beside = _alternates(live)
     if as_json:
-        typer.echo(json.dumps({"generation": live.generation, "live": live.live, "previous": live.previous}))
+        said = {"generation": live.generation, "live": live.live, "previous": live.previous}
+        typer.echo(json.dumps(said | ({"alternates": list(beside)} if isinstance(live, Live) else {})))
     else:
-        console.print(f"{noun} {live.live} is live (generation {live.generation}, previous {live.previous})")
+        named = f", beside it {', '.join(map(str, beside))}" if beside else ""
+        console.print(f"{noun} {live.live} is live (generation {live.generation}, previous {live.previous}{named})")
+
+
+def _alternates(live: Aliases) -> tuple[int, ...]:
+    return live.alternates if isinstance(live, Live) else ()

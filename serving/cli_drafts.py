@@ -87,6 +87,31 @@ def rollback(
 
 
 @app.command()
+def admit(
+    version: int, data_dir: DataDir = None, reason: Reason = "admitted on the command line",
+    expected_generation: Expected = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Let a version draft beside the live one, for requests that it fits better."""
+    most = load_settings(data_dir=data_dir).engine.alternates
+    live = open_registry(data_dir).admit(
+        version, most=most, actor=actor(), reason=reason, expected_generation=expected_generation
+    )
+    say_live(console, Registry.noun, live, as_json)
+
+
+@app.command()
+def dismiss(
+    version: int, data_dir: DataDir = None, reason: Reason = "dismissed on the command line",
+    expected_generation: Expected = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Let an alternate draft no longer; it is kept and can be admitted or promoted again."""
+    live = open_registry(data_dir).dismiss(
+        version, actor=actor(), reason=reason, expected_generation=expected_generation
+    )
+    say_live(console, Registry.noun, live, as_json)
+
+
+@app.command()
 def train(data_dir: DataDir = None, reason: Reason = "asked for on the command line", as_json: AsJson = False) -> None:
     """Ask for a training now; this also resumes an adaptation that has stopped itself."""
     job = Jobs(open_deployment(load_settings(data_dir=data_dir))).request(reason=reason, requested_by=actor())

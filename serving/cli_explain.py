@@ -41,6 +41,7 @@ def show_explanation(settings: Settings, as_json: bool) -> None:
     _print_decision(told["decision"])
     _print_costs(told["costs"])
     _print_beliefs(told["beliefs"])
+    _print_routing(told.get("routing") or {})
     _print_measured(told)
 
 
@@ -103,6 +104,14 @@ def _print_beliefs(beliefs: dict[str, Any]) -> None:
         console.print(
             "ngram: the text repeats itself; past: it repeats an earlier output", style="dim", highlight=False
         )  # fmt: skip
+
+
+def _print_routing(routing: dict[str, dict[str, float]]) -> None:
+    """Say which version a new request would most likely draft with, where versions draft side by side."""
+    for segment, versions in routing.items():
+        best = max(versions, key=lambda version: versions[version])
+        words = ", ".join(f"version {version} {value:.3f}" for version, value in versions.items())
+        console.print(f"routing of {escape(segment)}: version {best} fits best ({words})", highlight=False)
 
 
 def _print_measured(told: dict[str, Any]) -> None:

@@ -149,6 +149,9 @@ def _print_status(status: dict[str, Any]) -> None:
     lines.add_row("target", escape(f"{status['target']} ({status['dtype']})"))
     lines.add_row("live draft", f"version {status['live']}, generation {status['generation']}")
     lines.add_row("previous", "–" if status["previous"] is None else f"version {status['previous']}")
+    if status["alternates"]:
+        words = ", ".join(f"version {number}" for number in status["alternates"])
+        lines.add_row("alternates", f"{words}: draft for requests they fit better")
     if acceptance["value"] is None:
         lines.add_row("acceptance", f"version {status['live']} drafted for no request in the last five minutes")
     else:

@@ -43,6 +43,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     not_finite: int = 0  # requests ended because the target's logits were NaN or infinite
     draft_not_finite: int = 0  # forwards of the draft that gave such logits
     undelivered: int = 0  # requests ended because their API process took no more messages
+    alternates: list[int] = []  # versions that may draft beside the live one
+    routed: int = 0  # requests that one of them was chosen for
     draft_vocab_number: int = 0  # 0 is the full vocabulary
     draft_vocab_size: int = 0  # 0 where nothing is trimmed for good
     draft_vocab_counted: int = 0  # committed tokens looked at, and how many of them the draft scores

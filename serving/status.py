@@ -37,11 +37,14 @@ def collect_status(settings: Settings, database: Engine, now_s: float | None = N
         "draft": pair.draft_path if pair else None,
         "live": None,
         "previous": None,
+        "alternates": [],
         "generation": None,
     }
     try:
         live = Registry(database).live()
-        status.update(live=live.live, previous=live.previous, generation=live.generation)
+        status.update(
+            live=live.live, previous=live.previous, alternates=list(live.alternates), generation=live.generation
+        )
     except RegistryError:
         pass
     recent = [row for row in Accounting(database).between(now - RECENT_S) if row.version == status["live"]]

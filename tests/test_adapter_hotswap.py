@@ -12,7 +12,7 @@ from engine_rig import Rig, prompts, request
 from sqlalchemy import text
 from tiny_pair import pair_settings, random_factors, store_artifact
 
-from adapter import artifacts
+from adapter import artifacts, hotswap
 from adapter.contracts import FLOOR_VERSION, ArtifactError, RegistryError
 from adapter.database import migrate, open_database
 from adapter.hotswap import check_finite
@@ -65,6 +65,11 @@ class Deployment:
         return self.settings.artifacts_dir / self.registry.draft(version).artifact_sha256
 
 
+def most_slots(deployment: Deployment) -> int:
+    """The base draft, live, previous, one in the making, and the alternates."""
+    return 1 + hotswap.MERGED_SLOTS + deployment.settings.engine.alternates
+
+
 @pytest.fixture
 def deployment(folder, tmp_path):
     deployment = Deployment(folder, tmp_path)
@@ -93,14 +98,14 @@ def test_a_promoted_version_is_drafted_with(deployment):
 
 
 def test_floor_live_and_previous_stay_resident_and_no_more(deployment):
-    """After five promotions three models are held, and slots are reused instead of added (I5)."""
+    """After five promotions slots are reused instead of added (I5)."""
     for seed in range(5):
         version = deployment.publish(seed)
         deployment.promote(version)
         deployment.follow()
         slots = deployment.swapper._slots
         assert set(slots.versions) >= {FLOOR_VERSION, version, version - 1}
-        assert len(slots.versions) + len(slots._spare) <= 4
+        assert len(slots.versions) + len(slots._spare) <= most_slots(deployment)
 
 
 def test_rolling_back_needs_no_disk(deployment):
@@ -212,7 +217,7 @@ def test_adapter_w4_weights_that_draft_now_are_not_written(deployment, pinned):
     assert next(iter(item.by_version)) == (versions[0] if pinned else versions[1])
     assert deployment.rig.engine.version == versions[3]
     slots = deployment.swapper._slots
-    assert len(slots.versions) + len(slots._spare) + len(slots._retired) <= 4
+    assert len(slots.versions) + len(slots._spare) + len(slots._retired) <= most_slots(deployment)
 
 
 def test_who_drafts_for_a_pinned_request_changes_between_rounds_only(deployment):
@@ -484,3 +489,49 @@ def test_the_thread_computes_alone(deployment, wait_for):
         assert (seen, torch.get_num_threads()) == ([1], 2)
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_alternate_is_resident_beside_the_live_version(deployment):
+    """Admitted it can be drafted with and nothing is swapped; dismissed its slot is free again."""
+    first, second = deployment.publish(1), deployment.publish(2)
+    deployment.promote(first)
+    deployment.follow()
+    swaps = deployment.rig.engine.stats.num_swaps
+    deployment.registry.admit(second, most=2, actor="test", reason="test")
+    deployment.follow()
+    swapper = deployment.follow()
+    assert (swapper.version, swapper.alternates, swapper.generation) == (first, (second,), 3)
+    assert swapper.resident(second) is not None
+    assert deployment.rig.engine.stats.num_swaps == swaps
+    deployment.registry.dismiss(second, actor="test", reason="test")
+    deployment.follow()
+    swapper = deployment.follow()
+    assert (swapper.alternates, swapper.resident(second)) == ((), None)
+
+
+def test_slots_suffice_for_live_previous_and_all_alternates(deployment):
+    """Ten promotions with two alternates each time: all that is named is resident, and slots stay bounded (I5)."""
+    most = deployment.settings.engine.alternates
+    for seed in range(10):
+        version = deployment.publish(seed)
+        deployment.promote(version)
+        if version > 1:
+            deployment.registry.admit(version - 1, most=most, actor="test", reason="test")
+        for _ in range(3):
+            deployment.follow()
+        swapper, live = deployment.swapper, deployment.registry.live()
+        assert swapper.alternates == live.alternates
+        assert all(swapper.resident(item) is not None for item in live.alternates)
+        assert len(swapper._slots.versions) + len(swapper._slots._spare) <= most_slots(deployment)
+
+
+def test_an_alternate_that_cannot_be_loaded_is_left_out(deployment):
+    """Its file is gone: serving goes on without it, and the log says so once."""
+    version = deployment.publish(3)
+    shutil.rmtree(deployment.folder_of(version))
+    deployment.registry.admit(version, most=2, actor="test", reason="test")
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(4):
+            swapper = deployment.follow()
+    assert (swapper.alternates, swapper.version) == ((), FLOOR_VERSION)
+    assert [line["event"] for line in logs].count("version_not_resident") == 1

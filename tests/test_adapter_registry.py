@@ -21,7 +21,8 @@ from adapter.registry import Registry
 from adapter.versions import Draft
 
 TARGET, BASE = "a" * 64, "b" * 64
-MOVES = ("install", "promote", "roll_back")
+MOVES = ("install", "promote", "roll_back", "admit", "dismiss")
+MOST = 2  # alternates
 
 
 def new_registry(engine: Engine, **options: Any) -> Registry:
@@ -234,7 +235,7 @@ def test_published_versions_never_share_a_number(database: Engine) -> None:
 
 
 class RegistryMachine(RuleBasedStateMachine):
-    """Random operations against a model of three variables: states, live, previous."""
+    """Random operations against a model of four variables: states, live, previous, alternates."""
 
     @initialize()
     def open(self) -> None:
@@ -246,10 +247,15 @@ class RegistryMachine(RuleBasedStateMachine):
         self.registry = new_registry(self.engine, announce=self.announced.append)
         self.states = {0: "ready"}
         self.live, self.previous = 0, None
+        self.alternates: set[int] = set()
         self.generation, self.rows = 1, 1
 
     def _moved(self, to: int) -> None:
         self.live, self.previous = to, self.live
+        self.alternates.discard(to)
+        self._raised()
+
+    def _raised(self) -> None:
         self.generation += 1
         self.rows += 1
 
@@ -297,15 +303,46 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         self.states[pick] = "quarantined"
         self.rows += 1
+        if pick in self.alternates:
+            self.alternates.discard(pick)
+            self._raised()
         if pick == self.live:
             ok = self.previous not in (None, pick) and self.states[self.previous] == "ready"
             self._moved(self.previous if ok else 0)
+
+    @rule(pick=st.integers(0, 6), stale=st.booleans())
+    def admit(self, pick: int, stale: bool) -> None:
+        """Only a ready version that drafts for nobody yet; the lowest numbers make room."""
+        seen = self.generation - stale
+        allowed = not stale and self.states.get(pick) == "ready" and pick not in (self.live, *self.alternates)
+        if allowed:
+            self.registry.admit(pick, most=MOST, actor="ana", reason="r", expected_generation=seen)
+            while len(self.alternates) >= MOST:
+                self.alternates.remove(min(self.alternates))
+            self.alternates.add(pick)
+            self._raised()
+        else:
+            with pytest.raises(RegistryError):
+                self.registry.admit(pick, most=MOST, actor="ana", reason="r", expected_generation=seen)
+
+    @rule(pick=st.integers(0, 6))
+    def dismiss(self, pick: int) -> None:
+        """Only an alternate."""
+        if pick not in self.alternates:
+            with pytest.raises(RegistryError):
+                self.registry.dismiss(pick, actor="ana", reason="r")
+            return
+        self.registry.dismiss(pick, actor="ana", reason="r")
+        self.alternates.remove(pick)
+        self._raised()
 
     @invariant()
     def agrees(self) -> None:
         """Registry and model agree; quarantined is never live; one audit row a change."""
         live = self.registry.live()
         assert (self.generation, self.live, self.previous) == (live.generation, live.live, live.previous)
+        assert tuple(sorted(self.alternates)) == live.alternates
+        assert all(self.registry.draft(version).state == "ready" for version in live.alternates)
         assert "ready" == self.registry.draft(live.live).state
         assert self.states == {draft.version: draft.state for draft in self.registry.drafts()}
         audit = self.registry.audit(limit=1000)

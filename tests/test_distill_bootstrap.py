@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_pair import write_target
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapter.contracts import SettingsError
 from adapter.models import prepare_pair
 from adapter.pairs import DRAFT_MANIFEST, DRAFT_TENSORS, load_draft_manifest
 from adapter.settings import Settings
-from distill.bootstrap import Recipe, bootstrap, choose_layers, evaluate, prune
+from distill.bootstrap import _load_shard, bootstrap, choose_layers, prune
 from distill.bootstrap_cli import run
+from distill.bootstrap_recipe import Recipe
+from distill.bootstrap_training import evaluate, used_tokens
+from distill.selfplay import chat_turns, write_chats
 
 RECIPE = Recipe(
-    layers=2, shards=3, rows=8, length=64, top_k=16, steps=80, batch_rows=8, learning_rate=3e-3, warmup_steps=5, seed=7
-)
+    layers=2, shards=3, rows=8, length=64, top_k=16, steps=80, batch_rows=8, learning_rate=3e-3, warmup_steps=5, seed=7,
+    vocab_size=200,
+)  # fmt: skip
 FLAGS = [
     "--layers", "2", "--shards", "2", "--rows", "4", "--length", "32", "--steps", "4", "--batch-rows", "4",
     "--seed", "3",
@@ -59,12 +65,69 @@ def test_a_bootstrapped_draft_is_served(target, done, tmp_path):
 
 def test_training_makes_the_draft_better(target, done):
     """The loss falls, and held-out chats agree more often than with the untrained pruned layers."""
-    from distill.bootstrap import _load_shard
-
     losses = [figures["kl"] for phase, _, _, figures in done[3] if phase == "training"]
     assert sum(losses[-5:]) < sum(losses[:5])
     untrained = evaluate(prune(target, [0, 2]), _load_shard(done[1], RECIPE.shards - 1), 8)
     assert done[2].measured["acceptance"] >= untrained["acceptance"]
+
+
+def test_a_draft_goes_on_from_another_one(target, done, tmp_path):
+    """Begun with a finished draft the first loss is about the finished one's, and the manifest names it."""
+    heard: list[dict[str, float]] = []
+
+    def note(phase, _count, _total, figures):
+        if phase == "training":
+            heard.append(figures)
+
+    shutil.copytree(done[1] / "shards", tmp_path / "work" / "shards")  # the text does not depend on the start
+    recipe = replace(RECIPE, steps=4, learning_rate=1e-4)
+    manifest = bootstrap(target, "tiny", tmp_path / "out", tmp_path / "work", recipe, note, done[0])
+    first, *_, last = [figures["kl"] for phase, _, _, figures in done[3] if phase == "training"]
+    assert abs(heard[0]["kl"] - last) < abs(heard[0]["kl"] - first)
+    assert manifest.recipe["start"] == done[2].sha256
+
+
+def test_a_start_that_does_not_fit_is_refused(target, done, tmp_path):
+    """A draft of another target, or of other layers, is no start; nothing is written."""
+    other = tmp_path / "other-target"
+    write_target(other, seed=9)
+    with pytest.raises(SettingsError, match="is a draft of tiny, not of this target"):
+        bootstrap(other, "other", tmp_path / "out", tmp_path / "work", RECIPE, _quiet, done[0])
+    changed = tmp_path / "changed"
+    shutil.copytree(done[0], changed)
+    manifest = json.loads((changed / DRAFT_MANIFEST).read_text())
+    (changed / DRAFT_MANIFEST).write_text(json.dumps(manifest | {"layers": [0, 1]}))
+    with pytest.raises(SettingsError, match=r"keeps the layers \[0, 1\], asked for are \[0, 2\]"):
+        bootstrap(target, "tiny", tmp_path / "out", tmp_path / "work", RECIPE, _quiet, changed)
+    assert not (tmp_path / "work").exists()
+
+
+def test_what_is_scored_is_what_such_text_uses_most(done):
+    """The chosen tokens hold more of the target's expectation than any others of that number; 0 keeps all."""
+    shards = [_load_shard(done[1], 0)]
+    full = 1 + int(shards[0].topk_ids.max())
+    use = torch.zeros(full, dtype=torch.float64)
+    for ids, logprobs in zip(shards[0].topk_ids[shards[0].free_mask], shards[0].topk_logprobs[shards[0].free_mask],
+                             strict=True):  # fmt: skip
+        use[ids.long()] += logprobs.double().exp()
+    chosen = used_tokens(shards, 20, full)
+    inside = [token for token in range(full) if int(chosen.find(torch.tensor([token]))[0]) >= 0]
+    assert len(inside) == 20
+    assert float(use[inside].sum()) == pytest.approx(float(use.topk(20).values.sum()))
+    assert int(used_tokens(shards, 0, full).find(torch.tensor([full - 1]))[0]) == full - 1
+
+
+def test_a_share_of_the_chats_begins_with_given_words(target, done):
+    """With a share of 1 every chat does, with 0 none; the given words are not the target's own."""
+    words = [[5, 6, 7]]
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    turns = chat_turns(AutoTokenizer.from_pretrained(target))
+    start = len(turns.prefix)
+    for share, found in ((1.0, 6), (0.0, 0)):
+        chats = write_chats(model, turns, rows=6, length=start + 12, seed=1, top_k=8, openings=words, opened=share)
+        begun = (chats.token_ids[:, start : start + 3] == torch.tensor(words[0])).all(1)
+        assert int(begun.sum()) == found
+        assert not chats.free_mask[begun][:, start - 1 : start + 2].any()
 
 
 def test_progress_counts_every_phase_to_its_end(done):

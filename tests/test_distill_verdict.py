@@ -233,3 +233,34 @@ def test_blocks_of_one_request_are_one_request(blocks):
         np.diff(compare(items, new, {"live": flat(0.5)}, RULES)["interval"])[0] for items in (halves, blocks)
     ]  # fmt: skip
     assert widths[0] > 1.3 * widths[1]
+
+
+def test_a_gain_in_one_segment_alone_is_told_apart_from_none(blocks):
+    """It loses as much elsewhere, so it does not pass; where it wins it may draft beside what is live."""
+    split = flat(0.6, 12) + flat(0.4, 12)
+    result = compare(blocks, split, {"live": flat(0.5)}, RULES)
+    assert (result["passed"], result["outcome"]) == (False, "rejected")
+    assert result["wins"] == [blocks[0].segment]
+    assert f"it gains in segment {blocks[0].segment} (+0.100" in result["verdict"]
+    assert compare(blocks, flat(0.5), {"live": flat(0.5)}, RULES)["wins"] == []
+    assert compare(blocks, flat(0.6), {"live": flat(0.5)}, RULES)["wins"] == []  # it passed
+
+
+def test_who_is_unsound_or_below_the_floor_fits_nobody(blocks):
+    """A broken file, numbers that are none, a loss to the floor or to the segment's champion: nothing is won."""
+    split, live = flat(0.6, 12) + flat(0.4, 12), {"live": flat(0.5)}
+    assert compare(blocks, split, live, RULES, trainer=flat(0.9))["wins"] == []
+    assert compare(blocks, [np.full(24, np.nan), *split[1:]], live, RULES)["wins"] == []
+    assert compare(blocks, split, live | {"floor": flat(0.7)}, RULES)["wins"] == []
+    champion = {f"champion:{blocks[0].segment}": flat(0.7, 12)}
+    assert compare(blocks, split, live | champion, RULES)["wins"] == []
+
+
+def test_noise_wins_no_segment_more_often_than_the_level_allows(blocks):
+    """200 candidates without a gain in either of two segments (seeds 0-199): at most 10 win one (level 2.5 %)."""
+    won = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        candidate = [np.full(24, 0.5 + rng.normal(0, 0.05)) for _ in blocks]
+        won += bool(compare(blocks, candidate, {"live": flat(0.5)}, RULES)["wins"])
+    assert won <= 10

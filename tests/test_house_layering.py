@@ -27,6 +27,7 @@ TORCH_ALLOWED = (  # everything else must import where torch is not installed
     "distill.batches",
     "distill.bootstrap",
     "distill.bootstrap_cli",
+    "distill.bootstrap_training",
     "distill.factors",
     "distill.gate",
     "distill.job",

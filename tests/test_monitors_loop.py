@@ -19,7 +19,7 @@ from adapter.contracts import SCHEMA_VERSION, Counts, RequestOutcome, Sampling, 
 from adapter.facts import CHAMPIONS, DRIFT, ENGINE, PAYOFF, WATCHER, Facts
 from adapter.jobs import Jobs
 from adapter.registry import Registry
-from adapter.sections import DistillSettings, LogSettings, MonitorSettings
+from adapter.sections import DistillSettings, EngineSettings, LogSettings, MonitorSettings
 from adapter.settings import Settings
 from adapter.streams import connect
 from adapter.wire import to_wire
@@ -31,9 +31,9 @@ SEGMENT = "chat"
 
 
 class Bench:
-    """A deployment without an engine and a worker: the test plays both."""
+    """A deployment without an engine and a worker: the test plays both.  Versions draft one at a time, if not told."""
 
-    def __init__(self, database: Engine, url: str, **monitors: Any) -> None:
+    def __init__(self, database: Engine, url: str, *, alternates: int = 0, **monitors: Any) -> None:
         self.now = 1_000_000.0
         self.database = database
         options = {
@@ -42,6 +42,7 @@ class Bench:
         } | monitors  # fmt: skip
         self.settings = Settings(
             redis_url=url,
+            engine=EngineSettings(alternates=alternates),
             distill=DistillSettings(min_requests=30),
             log=LogSettings(timeout_s=0.3),
             monitors=MonitorSettings(**options),
@@ -98,7 +99,7 @@ class Bench:
         }  # fmt: skip
         Facts(self.database).put(ENGINE, {"median_batch": 1.0, "controller": {"costs": costs}})
 
-    def train(self, *, state: str = "ready", seconds: float = 0.0) -> int:
+    def train(self, *, state: str = "ready", seconds: float = 0.0, **result: Any) -> int:
         """Do what a worker does with the open job; return the version it made."""
         job_id = self.jobs.claimable()[0]
         job = self.jobs.claim(job_id, worker="w", lease_s=30)
@@ -109,8 +110,9 @@ class Bench:
             gate={"verdict": "Passed: +0.100"}, reason="drift", job_id=job_id, actor="trainer",
         )  # fmt: skip
         assert self.jobs.finish(
-            job_id, job.epoch, result={"version": draft.version, "state": state, "verdict": "Passed: +0.100"}
-        )
+            job_id, job.epoch,
+            result={"version": draft.version, "state": state, "verdict": "Passed: +0.100"} | result,
+        )  # fmt: skip
         return draft.version
 
     def drift(self) -> None:
@@ -566,3 +568,73 @@ def test_monitors_q2_a_loop_is_seen_though_the_mean_stays(bench: Bench) -> None:
     bench.tick(2)  # one to read them, one to look
     assert {"AcceptanceNearZero", "AcceptanceNearOne"} <= bench.firing()
     assert "AcceptanceDrift" not in bench.firing()
+
+
+def test_what_was_live_goes_on_drafting_where_it_fits(database: Engine, valkey_url: str) -> None:
+    """After a promotion by the loop the version before is an alternate, once, over a restart too; the guard goes on."""
+    bench = Bench(database, valkey_url, alternates=2)
+    bench.drift()
+    version = bench.train()
+    bench.tick()
+    live = bench.registry.live()
+    assert (live.live, live.alternates, bench.phase) == (version, (0,), "observing")
+    assert bench.verbs()[-2:] == ["promote", "admit"]
+    bench.restart()
+    bench.serve(60, 0.55)
+    bench.tick()
+    assert bench.phase == "watching"
+    assert bench.watcher.loop.state.sentence.startswith(f"kept v{version}: acceptance +0.")
+    assert bench.verbs().count("admit") == 1
+
+
+def test_a_person_who_promotes_decides_alone(database: Engine, valkey_url: str) -> None:
+    """A version promoted by hand drafts for all requests: nothing is kept beside it."""
+    bench = Bench(database, valkey_url, alternates=2)
+    bench.serve(20, 0.5)
+    version = bench.registry.publish(
+        parent=0, state="ready", artifact_sha256="d" * 64, artifact_bytes=10, trained_on={}, gate={}, reason="by hand",
+        job_id=None, actor="ana",
+    ).version  # fmt: skip
+    bench.registry.promote(version, actor="ana", reason="try this one")
+    bench.tick(3)
+    assert bench.registry.live().alternates == ()
+
+
+def test_alternates_that_come_and_go_disturb_no_guard(database: Engine, valkey_url: str) -> None:
+    """A person dismisses one while a new version is observed: it is still judged, with what was seen before."""
+    bench = Bench(database, valkey_url, alternates=2)
+    bench.drift()
+    version = bench.train()
+    bench.tick()
+    bench.serve(10, 0.55)
+    seen = bench.watcher.loop.state.guard.served
+    bench.registry.dismiss(0, actor="ana", reason="not needed")
+    bench.tick()
+    assert (bench.phase, bench.watcher.loop.state.guard.served) == ("observing", seen)
+    assert bench.watcher.loop.state.generation == bench.registry.live().generation
+    bench.serve(100, 0.15, version)
+    bench.tick()
+    assert bench.registry.live().live == 0
+
+
+def test_a_version_that_wins_in_one_segment_drafts_beside_what_is_live(database: Engine, valkey_url: str) -> None:
+    """It is admitted and not promoted, the loop rests, and the failures in a row begin afresh."""
+    bench = Bench(database, valkey_url, alternates=1)
+    bench.drift()
+    version = bench.train(action="admit", compared_with=0, verdict="Rejected, it loses: it gains in segment chat")
+    bench.tick()
+    live = bench.registry.live()
+    assert (live.live, live.alternates, bench.phase) == (0, (version,), "cooling")
+    assert bench.registry.audit()[0].reason.startswith(f"v{version} drafts beside it, where it fits better: ")
+    assert "CandidateRejected" not in bench.firing()
+    assert bench.watcher.loop.state.refused == 0
+
+
+def test_an_admission_against_another_version_is_not_made(database: Engine, valkey_url: str) -> None:
+    """Somebody promoted during the training: what the gate compared with is not live any more."""
+    bench = Bench(database, valkey_url, alternates=1)
+    bench.drift()
+    bench.train(action="admit", compared_with=7)
+    bench.tick()
+    assert bench.registry.live().alternates == ()
+    assert "was not admitted: it was compared with v7" in bench.watcher.loop.state.sentence

@@ -126,7 +126,7 @@ def test_show_has_gate_data_and_artifact(run, data):
 def test_promote_and_roll_back(run, data):
     """Both say where the aliases point afterwards, and each leaves one audit row with actor and reason (I6)."""
     status, out, _ = run("drafts", "promote", 1, "--data-dir", data, "--reason", "looks good", "--json")
-    assert (status, json.loads(out)) == (0, {"generation": 2, "live": 1, "previous": 0})
+    assert (status, json.loads(out)) == (0, {"generation": 2, "live": 1, "previous": 0, "alternates": []})
     aliases = {
         d["version"]: d["alias"] for d in json.loads(run("drafts", "list", "--data-dir", data, "--json")[1])["drafts"]
     }
@@ -144,9 +144,28 @@ def test_promote_and_roll_back(run, data):
     assert all(row.actor.startswith("cli") for row in rows)
 
 
+def test_admit_and_dismiss(run, data):
+    """A version drafts beside the live one and no longer; list and status name it, and each leaves one audit row."""
+    status, out, _ = run("drafts", "admit", 1, "--data-dir", data, "--reason", "fits chat", "--json")
+    assert (status, json.loads(out)) == (0, {"generation": 2, "live": 0, "previous": None, "alternates": [1]})
+    listed = json.loads(run("drafts", "list", "--data-dir", data, "--json")[1])["drafts"]
+    assert {d["version"]: d["alias"] for d in listed} == {2: "", 1: "alternate", 0: "live floor"}
+    assert "version 1: draft for requests they fit better" in run("status", "--data-dir", data)[1]
+    _assert_refused(run("drafts", "admit", 1, "--data-dir", data), "version 1 is an alternate already")
+    status, out, _ = run("drafts", "dismiss", 1, "--data-dir", data)
+    assert (status, "version 0 is live (generation 3, previous None)" in out) == (0, True)
+    database = open_database(f"sqlite:///{data / 'draftsmith.db'}")
+    rows = [row for row in Registry(database).audit() if row.verb in ("admit", "dismiss")]
+    database.dispose()
+    assert [(row.verb, row.from_version, row.to_version) for row in rows] == [("dismiss", 1, None), ("admit", None, 1)]
+    assert rows[1].reason == "fits chat"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("drafts", "admit", 2), ("version 2 is rejected", "'ready'")),
+        (("drafts", "dismiss", 1), ("version 1 is no alternate; alternates: none",)),
         (("drafts", "show", 9), ("no draft version 9", "0, 1, 2")),
         (("drafts", "promote", 9), ("no draft version 9",)),
         (("drafts", "promote", 0), ("version 0 is live already",)),

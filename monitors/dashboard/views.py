@@ -123,7 +123,7 @@ def _live_or_none(registry: Registry) -> Live | None:
 
 def _live_since(live: Live, audit: list[AuditEntry]) -> AuditEntry | None:
     verbs = (*_MOVES, "install")
-    return next((row for row in audit if row.verb in verbs and row.generation == live.generation), None)
+    return next((row for row in audit if row.verb in verbs and row.generation <= live.generation), None)
 
 
 def _live_card(live: Live | None, drafts: list[Draft], audit: list[AuditEntry], now_s: float) -> dict[str, Any] | None:
@@ -224,7 +224,8 @@ def _versions(
         here = rows.get(draft.version)
         role = ""
         if live is not None:
-            role = "live" if draft.version == live.live else "previous" if draft.version == live.previous else ""
+            named = [("live", [live.live]), ("alternate", live.alternates), ("previous", [live.previous])]
+            role = next((name for name, numbers in named if draft.version in numbers), "")
         found.append(
             {
                 "version": draft.version,

@@ -30,6 +30,7 @@ from serving.api.app import create_app
 log = structlog.get_logger("serving.api")
 
 _LEAVE_S = 5.0  # for responses that were told to end
+_KEEP_ALIVE_S = 75  # longer than clients keep idle connections, 5 s as a rule: who closes first must not be us
 _PATIENCE_S = 600.0  # converting or downloading a target takes its time on the first start
 
 
@@ -50,7 +51,10 @@ def main() -> int:
     url = url_of(listener)
     facts.put(SERVING, {"url": url, "pid": os.getpid()})
     log.info("api_listening", url=url)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(_LEAVE_S), access_log=False)
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=int(_LEAVE_S), timeout_keep_alive=_KEEP_ALIVE_S,
+        access_log=False,
+    )  # fmt: skip
     server = _Server(config, app, lambda: loaded_pair(facts) in (None, pair))
     server.run(sockets=[listener])
     log.info("api_stopped")

@@ -83,6 +83,8 @@ def _singles(snap: Snapshot) -> tuple[tuple[_Kind, str, str, float], ...]:
             snap.undelivered,
         ),
         (counter, "draftsmith_draft_swaps", "Draft versions swapped in.", snap.swaps),
+        (counter, "draftsmith_routed_requests", "Requests that an alternate was chosen for.", snap.routed),
+        (gauge, "draftsmith_alternates", "Versions that may draft beside the live one.", len(snap.alternates)),
         (gauge, "vllm:num_requests_running", "Requests in the batch.", snap.running),
         (gauge, "vllm:num_requests_waiting", "Requests waiting for a place.", snap.waiting),
         (gauge, "vllm:kv_cache_usage_perc", "Share of cache blocks in use, 0 to 1.", snap.kv_usage),

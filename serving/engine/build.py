@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from serving.engine.control.adaptive import adaptive
 from serving.engine.control.base import Controller
 from serving.engine.control.cost_model import CostModel
 from serving.engine.control.fixed import FixedGamma
+from serving.engine.control.router import Router
 from serving.engine.control.timing import cost_table
 from serving.engine.device.build import MOST_RECORDED, choose_device, device_rounds, positions_of, timers_of
 from serving.engine.device.rounds import DeviceRounds
@@ -95,6 +97,7 @@ def build_engine(settings: Settings, pair: Pair, database: Database, *, programs
         _controller(settings, pair, target, proposers, rounds),
         Recorder(publisher, settings.log, target_fingerprint=pair.target_fingerprint, coupling=coupling), rounds,
         lookahead=settings.engine.gamma_max + 1, hotswap=hotswap,
+        router=Router(random.Random(secrets.randbits(32))) if settings.engine.alternates else None,
     )  # fmt: skip
     if hotswap is not None:
         hotswap.start()
@@ -254,7 +257,10 @@ def _hotswap(
     def finish(model: Any) -> None:
         forwards.prepare(model, like=draft)
 
-    slots = DraftSlots(draft, pair, settings.engine.max_lora_norm_ratio, finish=finish, write=merge_all)
+    slots = DraftSlots(
+        draft, pair, settings.engine.max_lora_norm_ratio, finish=finish, write=merge_all,
+        alternates=settings.engine.alternates,
+    )  # fmt: skip
     return HotSwap(
         registry, slots, settings.artifacts_dir, poll_s=settings.engine.swap_poll_s, check=check,
         companion=vocabulary.refresh if vocabulary is not None else lambda: None,

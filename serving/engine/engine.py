@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from adapter.contracts import FLOOR_VERSION, FinishReason, TokenLogprob
 from adapter.logs import get_logger
 from serving.engine.control.base import PLAIN, Controller, RoundReport, StepReport, StepShape
+from serving.engine.control.router import Router
 from serving.engine.proposers.collection import Proposers
 from serving.engine.recorder import Recorder
 from serving.engine.rounds import Ask, Flight, Outcome, Round, Rounds
@@ -45,6 +46,7 @@ class Engine:
         proposers: may be empty, which serves without speculation.
         rounds: where rounds are computed.
         hotswap: None keeps the base draft for good.
+        router: chooses between the live version and its alternates; None gives all requests to the live one.
         lookahead: most tokens a round may commit, gamma_max + 1.
         clock: monotonic seconds.
     """
@@ -60,6 +62,7 @@ class Engine:
         *,
         lookahead: int,
         hotswap: HotSwap | None = None,
+        router: Router | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.target = target
@@ -68,6 +71,7 @@ class Engine:
         self.controller = controller
         self.recorder = recorder
         self.hotswap = hotswap
+        self.router = router
         self.stats = EngineStats()
         self.rounds = rounds
         self._lookahead = lookahead
@@ -87,6 +91,11 @@ class Engine:
 
     def submit(self, request: Sequence) -> None:
         """Queue a request; it joins at the next step that has room."""
+        if self.router is not None and self.hotswap is not None and request.version is None:
+            version = self.router.choose(request.segment, self.version, self.hotswap.alternates)
+            if version != self.version:  # what is live may change while it runs, and then it follows
+                request.routed = version
+                self.stats.routed += 1
         self._requests[request.request_id] = request
         self.scheduler.add(request)
 
@@ -256,5 +265,8 @@ class Engine:
         self.proposers.ended(request)
         self.rounds.ended(request)
         self.controller.forget(request)
+        if self.router is not None:
+            for version, counts in request.by_version.items():
+                self.router.observe(request.segment, version, counts.num_accepted, counts.num_examined)
         self.recorder.finish(request, delivered_tokens, self._clock())
         self.stats.finished(request)

@@ -125,7 +125,7 @@ def measure_pair(
     return Sizes(
         target_weights=weights, draft_weights=_bytes(draft, packs, compiled=compiled) - borrowed,
         # the pristine weights they are merged from, too
-        draft_slots=linear * (2 if fixed_place else 1) + MERGED_SLOTS * halves * linear // 2,
+        draft_slots=linear * (2 if fixed_place else 1) + (MERGED_SLOTS + engine.alternates) * halves * linear // 2,
         logits=logits, target_kv=target_kv, draft_kv=KVPool.bytes_per_token(draft.config, draft_dtype),
     )  # fmt: skip
 

@@ -32,6 +32,7 @@ class Sequence:
     gamma: int | None  # the request's own choice; None leaves it to the server
     arrived_s: float
     version: int | None = None  # the draft version it is pinned to
+    routed: int | None = None  # the alternate that was chosen for it; None follows what is live
     priority: int = 0  # lower runs first
     cache_salt: str = ""
     tenant: str = ""  # whose request it is, without a name

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -235,14 +236,21 @@ class EngineServer:
             drafted=stats.drafted, examined=stats.examined, accepted=stats.accepted,
             accepted_by_position=[stats.accepted_by_position[i] for i in range(positions)],
             not_finite=stats.not_finite, draft_not_finite=engine.proposers.draft_not_finite,
-            undelivered=stats.undelivered,
+            undelivered=stats.undelivered, routed=stats.routed, alternates=list(swap.alternates) if swap else [],
             prompt_tokens=stats.prompt_tokens, generated_tokens=stats.generated_tokens,
             finished_by_reason=dict(stats.finished_by_reason), log_offered=log_stats.offered,
             log_written=log_stats.written, log_dropped=log_stats.dropped, log_connected=log_stats.connected,
             swaps=stats.num_swaps, last_swap_version=swap.last.version if swap and swap.last else None,
             last_swap_pause_ms=swap.last.pause_ms if swap and swap.last else None, **engine.proposers.vocabulary_counts,
-            controller=engine.controller.explain(),
+            controller={**engine.controller.explain(), **self._routing()},
         )  # fmt: skip
+
+    def _routing(self) -> dict[str, Any]:
+        """Say how well each version is believed to fit each segment, where there is a choice."""
+        router, swap = self.engine.router, self.engine.hotswap
+        if router is None or swap is None or not swap.alternates:
+            return {}
+        return {"routing": router.explain((swap.version, *swap.alternates))}
 
     def _publish_swaps(self) -> None:
         """Leave the last swaps where the CLI and the dashboard find them."""

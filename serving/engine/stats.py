@@ -33,6 +33,7 @@ class EngineStats:
         self.finished_by_reason: Counter[str] = Counter()
         self.not_finite = 0  # requests ended because the target's logits were NaN or infinite
         self.undelivered = 0  # requests ended because their API process took no more messages
+        self.routed = 0  # requests that an alternate was chosen for
         self.num_swaps = 0
         self.swaps: list[SwapReceipt] = []  # the last hundred
         self._recent_s: deque[float] = deque(maxlen=_RECENT)

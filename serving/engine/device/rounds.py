@@ -1,7 +1,7 @@
 """Compute rounds on a device: begin a step, and take in what came of it when the next one is under way.
 
 Requests that decode with the draft model or plainly run here.  Everything else, which needs the host between
-two stages (constraints, text matches, log-probs for a client, a pinned draft version), runs through
+two stages (constraints, text matches, log-probs for a client, another draft version than the live one), runs through
 `HostRounds` in the same step.  The text is the same either way.
 """
 
@@ -134,6 +134,7 @@ class DeviceRounds:
             and request.constraints is None
             and request.logprobs is None
             and request.version is None
+            and request.routed is None
             and len(request.tokens) >= CATCH_UP
         )
 

@@ -36,7 +36,7 @@ class DraftProposer:
         catch_up_tokens: most tokens of backlogs, over all requests, that are read in a round; the request that
             came first is read first, and rounds of those that are not read to their end run without speculation.
         vocab: width of the target's logits; models of one tokenizer may pad theirs differently.
-        resident: finds the model of a draft version a request is pinned to; None when it is gone.
+        resident: finds the model of a draft version a request has to itself; None when it is gone.
         vocabulary: which tokens are scored; None scores all for good.
     """
 
@@ -119,8 +119,8 @@ class DraftProposer:
         return self._drafter(request)[0]
 
     def _drafter(self, request: Sequence) -> tuple[int, Any]:
-        """Return the version that drafts for a request now, and its model: what it is pinned to while that is here."""
-        pinned = request.version
+        """Return the version that drafts for a request now, and its model: its own while that is here, or live."""
+        pinned = request.routed if request.version is None else request.version
         model = None if pinned is None or pinned == self.version else self._resident(pinned)
         return (self.version, self.runner.model) if pinned is None or model is None else (pinned, model)
 

@@ -1,0 +1,326 @@
+"""Two real processes, started by torchrun, that share one draft over gloo: the numbers of one, and no rank left behind.
+
+Run by torchrun, this file is what the two processes do: `_together` writes down what `train` gave each of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+import torch
+from distill_tiny import make_blocks, make_pair
+
+from adapter import artifacts, keys
+from adapter.contracts import SettingsError, VerifiedBlock
+from adapter.cores import taken
+from adapter.facts import PAIR, Facts
+from adapter.jobs import Job, Jobs
+from adapter.models import load_draft
+from adapter.pairs import Pair, expected_tensors
+from adapter.registry import Registry
+from adapter.sections import DistillSettings
+from adapter.settings import Settings, child_environment
+from adapter.wire import to_wire
+from distill import tasks
+from distill.assignment import follow
+from distill.ranks import Ranks
+from distill.tuning import Material, TrainingError, Tuned, train
+
+ROOT = Path(__file__).resolve().parent.parent
+START_S = 60.0  # three processes import torch first, on a machine that may be busy
+FAST = DistillSettings(
+    epochs=0.5, batch_tokens=128, rank=8, alpha=16, learning_rates=(5e-3,), loss="lk", replay_age_s=1e12,
+    min_requests=20, holdout_share=0.3, half_precision=False,
+)  # fmt: skip
+ALONE = FAST.model_copy(update={"batch_tokens": 40, "epochs": 0.1})  # a request a step: one rank has nothing to read
+RATES = FAST.model_copy(update={"learning_rates": (5e-3, 1e-3)})
+SHORT = FAST.model_copy(update={"max_seconds": 20.0, "epochs": 50.0})
+KILLED_AT = 3
+ATOL = 1e-4
+
+
+def _train(pair: Pair, material: Material, settings: DistillSettings, *, broken: bool = False, **more: Any) -> Tuned:
+    model = load_draft(pair, torch.float32)
+    if broken:
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    return train(model, pair.lora_shapes, material, settings, **more)
+
+
+def _until_killed(pair: Pair, material: Material, path: Path, **more: Any) -> None:
+    """Train with a checkpoint after every step, and stop in the middle."""
+
+    def kill(progress: Any) -> None:
+        if progress.step == KILLED_AT:
+            raise KeyboardInterrupt
+
+    try:
+        _train(pair, material, RATES, checkpoint=path, checkpoint_every_s=0.0, report=kill, **more)
+    except KeyboardInterrupt:
+        return
+
+
+def _together(folder: Path) -> None:
+    """What each of two processes does for the tests of this file."""
+    torch.set_num_threads(1)
+    ranks = Ranks.join(2)
+    pair, material = torch.load(folder / "given.pt", weights_only=False)
+    ticks = itertools.count(step=1.0 + 5.0 * ranks.rank)  # rank 1's time flies
+    found: dict[str, Any] = {
+        "plain": _train(pair, material, FAST, ranks=ranks),
+        "alone": _train(pair, material, ALONE, ranks=ranks),
+        "rates": _train(pair, material, RATES, ranks=ranks),
+        "short": _train(pair, material, SHORT, ranks=ranks, clock=lambda: float(next(ticks))),
+        "allowed": _train(pair, material, ALONE, ranks=ranks, allowed=torch.arange(0, 64, 2)),
+    }
+    _until_killed(pair, material, folder / "two.pt", ranks=ranks)
+    found["resumed"] = _train(pair, material, RATES, checkpoint=folder / "one.pt", ranks=ranks)
+    try:
+        _train(pair, material, FAST, broken=True, ranks=ranks)
+    except TrainingError as error:
+        found["error"] = str(error)
+    model = load_draft(pair, torch.float32)
+    train(model, pair.lora_shapes, material, ALONE, ranks=ranks)
+    sizes = [parameter.numel() for parameter in model.model.layers.parameters()]
+    held = [parameter.to_local().numel() for parameter in model.model.layers.parameters()]  # type: ignore[operator]
+    found["held"] = sum(held) / sum(sizes)
+    if ranks.first:
+        ranks.dismiss()
+    else:
+        follow(FAST, ranks)
+    torch.save(found, folder / f"found-{ranks.rank}.pt")
+    ranks.leave()
+
+
+def _narrow(block: VerifiedBlock, k: int) -> VerifiedBlock:
+    """The same block as it is logged with a smaller top-k."""
+    ids, logprobs = (block.array(name)[:, :k] for name in ("topk_ids", "topk_logprobs"))
+    tail = (1 - np.exp(logprobs.astype("<f4")).sum(-1)).astype("<f4")
+    return dataclasses.replace(
+        block, top_k=k, topk_ids=ids.tobytes(), topk_logprobs=logprobs.tobytes(), tail_mass=tail.tobytes()
+    )
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Pair:
+    torch.set_num_threads(1)
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def material(pair) -> Material:
+    """60 + 20 requests to train on, one in three logged with a smaller top-k, and 15 to look at."""
+    fresh = make_blocks(pair, 60, seed=1, name="a")
+    return Material(
+        fresh=[_narrow(block, 8) if i % 3 == 0 else block for i, block in enumerate(fresh)],
+        replay=make_blocks(pair, 20, seed=2, name="b", segment="code"),
+        validation=make_blocks(pair, 15, seed=3, name="c"),
+    )
+
+
+@pytest.fixture(scope="module")
+def both(pair, material, tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
+    """What each of two processes found, and the folder they worked in."""
+    folder = tmp_path_factory.mktemp("together")
+    torch.save((pair, material), folder / "given.pt")
+    _until_killed(pair, material, folder / "one.pt")
+    done = subprocess.run(
+        [*tasks.LAUNCHER, "--nproc-per-node", "2", __file__, str(folder)], stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(2)], folder
+
+
+def _assert_same(one: Tuned, other: Tuned, atol: float = ATOL) -> None:
+    assert (one.steps, one.tokens, one.learning_rate) == (other.steps, other.tokens, other.learning_rate)
+    assert one.acceptance_before == pytest.approx(other.acceptance_before, abs=1e-5)
+    assert one.acceptance_after == pytest.approx(other.acceptance_after, abs=1e-4)
+    for name, value in one.factors.items():
+        torch.testing.assert_close(other.factors[name], value, atol=atol, rtol=0.0)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("plain", FAST), ("alone", ALONE), ("rates", RATES)])
+def test_two_processes_train_what_one_does(pair, material, both, name, settings):
+    """Factors after 9 to 12 steps from seed 0 lie within 1e-4 of one process's, an entry; they move by 1e-2 and more.
+
+    Requests are of 29 tokens, a step of 4 or, for "alone", of one, where a rank has nothing to read.
+    """
+    alone = _train(pair, material, settings)
+    assert max(float(value.abs().max()) for name, value in alone.factors.items() if name.endswith("lora_B")) > 0.01
+    for found in both[0]:
+        _assert_same(alone, found[name])
+
+
+def test_two_processes_learn_within_a_vocabulary(pair, material, both):
+    """The output head's rows that are scored are the same in both; bound as above."""
+    alone = _train(pair, material, ALONE, allowed=torch.arange(0, 64, 2))
+    _assert_same(alone, both[0][1]["allowed"])
+
+
+def test_every_rank_ends_with_the_same(both):
+    """What one rank returns, the other does to the last bit, also where their clocks differ and time ends it."""
+    first, second = both[0]
+    for name in ("plain", "rates", "short", "resumed"):
+        assert first[name].steps == second[name].steps > 0
+        assert first[name].curve == second[name].curve
+        assert all(torch.equal(value, second[name].factors[key]) for key, value in first[name].factors.items())
+    assert first["short"].seconds == second["short"].seconds
+    assert first["short"].steps < 40
+
+
+def test_each_holds_half_of_the_layers(both):
+    """Weights and factors of the layers are split, not copied."""
+    for found in both[0]:
+        assert 0.45 < found["held"] < 0.55
+
+
+def test_a_loss_that_is_not_finite_ends_both(both):
+    """Neither rank goes on, or waits, when the training of all cannot."""
+    for found in both[0]:
+        assert "the loss is nan" in found["error"]
+        assert "at step 1" in found["error"]
+
+
+def test_a_training_goes_on_with_another_number_of_processes(pair, material, both):
+    """Killed after step 3 alone and resumed by two, or the other way round, it ends where an undisturbed one does."""
+    found, folder = both
+    whole = _train(pair, material, RATES)
+    _assert_same(whole, found[0]["resumed"])
+    seen: list[Any] = []
+    again = _train(pair, material, RATES, checkpoint=folder / "two.pt", report=seen.append)
+    assert seen[0].step == KILLED_AT + 1
+    _assert_same(whole, again)
+
+
+def test_a_trainer_that_torchrun_did_not_start_says_so():
+    """Started by hand for several processes, it says how to start it."""
+    with pytest.raises(SettingsError, match=r"distill.processes is 4, but .* on its own.* --nproc-per-node 4"):
+        Ranks.join(4)
+
+
+@pytest.fixture
+def settings(tmp_path, valkey_url, database, pair, valkey_client) -> Settings:
+    """A deployment with the tiny pair served, 60 requests logged, and trainings on two processes."""
+    Facts(database).put(PAIR, msgspec.to_builtins(pair))
+    Registry(database).install_base(
+        target_fingerprint=pair.target_fingerprint, base_fingerprint=pair.base_fingerprint, actor="test"
+    )
+    for block in make_blocks(pair, 60, seed=4, name="q"):
+        valkey_client.xadd(keys.BLOCKS, {keys.PAYLOAD_FIELD: to_wire(block)})
+    return Settings(
+        data_dir=tmp_path / "data", redis_url=valkey_url, database_url=f"sqlite:///{tmp_path / 'draftsmith.db'}",
+        distill=FAST.model_copy(update={"processes": 2, "epochs": 1.0, "lease_s": 30.0}),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def jobs(database) -> Jobs:
+    return Jobs(database)
+
+
+def _family(job: Job) -> list[psutil.Process]:
+    """Every process that works on a job: torchrun and its ranks, by their command line."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "distill.trainer" in command and job.id in command:
+            found.append(process)
+    return found
+
+
+def _alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [item for item in processes if item.is_running() and item.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_job_of_two_processes_publishes_a_version_like_any_other(settings, jobs, database, pair):
+    """Through the task: trained by two, judged and published by one, with all cores told and one voice heard."""
+    job, cores = jobs.request(reason="test", requested_by="test"), set()
+    outcome = tasks.supervise(settings, job.id, stopping=lambda: cores.add(taken(settings.run_dir)) or False)
+    done = jobs.get(job.id)
+    assert outcome == "done", done.error
+    draft = Registry(database).draft(1)
+    assert (done.result["version"], draft.job_id, draft.parent) == (1, job.id, 0)
+    assert abs(draft.gate["parity"]["difference"]) < 1e-4  # the stored file is what the two measured
+    assert draft.trained_on["validation_after"] > draft.trained_on["validation_before"]
+    assert done.progress["step"] == done.progress["steps"]
+    artifacts.verify(
+        settings.artifacts_dir, draft.artifact_sha256, target_fingerprint=pair.target_fingerprint,
+        base_fingerprint=pair.base_fingerprint, expected=expected_tensors(pair, FAST.rank),
+    )  # fmt: skip
+    assert max(cores) == 2 * settings.distill.threads
+    assert _family(job) == []
+
+
+def test_a_job_that_cannot_work_ends_for_good_in_rank_0s_words(settings, jobs, database):
+    """Without a pair rank 0 hands nothing out: the other leaves, and torchrun's status does not hide the reason."""
+    Facts(database).drop(PAIR)
+    job = jobs.request(reason="test", requested_by="test")
+    assert tasks.supervise(settings, job.id) == "failed"
+    failed = jobs.get(job.id)
+    assert failed.state == "failed"
+    assert failed.error.startswith("the trainer failed with status 2: no draft is served")
+    assert _family(job) == []
+
+
+def _slow(settings: Settings) -> Settings:
+    return settings.model_copy(update={"distill": settings.distill.model_copy(update={"epochs": 2_000.0})})
+
+
+def test_no_rank_outlives_a_task_that_is_killed(settings, jobs, wait_for):
+    """SIGKILL of the process group of the task: torchrun and its ranks, each in a session of its own, go too."""
+    job = jobs.request(reason="test", requested_by="test")
+    script = "import sys, adapter.settings as s, distill.tasks as t; t.supervise(s.load_settings(), sys.argv[1])"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, job.id], env=child_environment(_slow(settings)), start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    ) as task:  # fmt: skip
+        family: list[psutil.Process] = []
+        try:
+            wait_for(lambda: jobs.get(job.id).progress.get("step", 0) > 0, START_S)
+            family = _family(job)
+            assert len(family) == 3
+            os.killpg(task.pid, signal.SIGKILL)
+            wait_for(lambda: not _alive(family))
+        finally:
+            task.kill()
+            for process in _alive(family):
+                process.kill()
+
+
+def test_no_rank_outlives_torchrun(settings, jobs):
+    """SIGKILL of torchrun alone: when the task has ended both ranks are gone, and the job can be tried again."""
+    job = jobs.request(reason="test", requested_by="test")
+    family: list[psutil.Process] = []
+
+    def kill() -> bool:
+        if not family and jobs.get(job.id).progress.get("step", 0) > 0:
+            family.extend(_family(job))
+            [launcher] = [item for item in family if "torch.distributed.run" in item.cmdline()]
+            launcher.kill()
+        return False
+
+    try:
+        assert tasks.supervise(_slow(settings), job.id, stopping=kill) == "failed"
+        assert len(family) == 3
+        assert not _alive(family)
+        assert jobs.get(job.id).state == "queued"
+        assert "SIGKILL" in jobs.get(job.id).error
+    finally:
+        for process in _alive(family):
+            process.kill()
+
+
+if __name__ == "__main__":
+    _together(Path(sys.argv[1]))
