@@ -195,7 +195,13 @@ class DistillSettings(Section):
         0.02, ge=0, lt=1, description="acceptance a kept version must win on the newest requests to be gone back to"
     )
     nice: int = Field(10, ge=0, le=19, description="niceness of the trainer process")
-    threads: int = Field(1, ge=1, description="torch threads of a trainer process")
+    busy_share: float = Field(
+        0.08, ge=0, le=1, description="share of the time in which requests run that a training takes from them, where "
+        "both compute on a CPU; it has the rest to itself. 1: it does not yield but has cores of its own",
+    )  # fmt: skip
+    threads: int = Field(
+        0, ge=0, description="torch threads of a trainer process; 0: all cores where it yields to serving, else one"
+    )
     processes: int = Field(
         1, ge=1, le=64, description="trainer processes that share one draft, each holding a part of it; 1: no sharding"
     )

@@ -43,7 +43,8 @@ def initial_factors(shapes: dict[str, tuple[int, int]], rank: int, seed: int) ->
 
 def factors_of(tuned: Any) -> Factors:
     """Copy the factors out of a model, under their artifact names; of a split one, every rank must at once."""
-    return {name: whole(weight.detach()).float().clone() for name, weight in _weights(tuned).items()}
+    weights = whole({name: weight.detach() for name, weight in _weights(tuned).items()})
+    return {name: weight.float().clone() for name, weight in weights.items()}
 
 
 def set_factors(tuned: Any, factors: Factors) -> None:

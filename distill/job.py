@@ -163,7 +163,7 @@ class _Run:
         model = load_draft(self.pair, torch.float32)
         tuned = train(
             model, self.pair.lora_shapes, assignment.material, self.settings.distill, **assignment.terms,
-            report=_Throttle(emit), ranks=self.ranks,
+            report=_Throttle(emit), ranks=self.ranks, clock=_clock(self.ranks),
         )  # fmt: skip
         return tuned, assignment.score(model, self.ranks)
 
@@ -273,6 +273,11 @@ def _result(
         "compared_with": compared_with,
         "gate": gate,
     }
+
+
+def _clock(ranks: Ranks) -> Callable[[], float]:
+    """Return a clock of computing, which stands still while serving goes first; one process of several waits, too."""
+    return time.thread_time if ranks.size == 1 else time.monotonic
 
 
 class _Throttle:

@@ -8,10 +8,11 @@ about jobs.  Called by `distill.tuning`, `distill.factors` and `distill.assignme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +24,8 @@ from distill.grouping import places_by_request
 from distill.packing import use_packed_attention
 from distill.ranks import Ranks
 from distill.scoring import score_blocks
+
+K = TypeVar("K", bound=Hashable)
 
 _LOOK_TOKENS = 2048  # no more than `score_blocks` reads in one forward pass, which all ranks must start together
 
@@ -49,9 +52,16 @@ def shard(model: Any, ranks: Ranks) -> None:
         part.reshard()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with all its parts; every rank must ask at once."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(tensors: Mapping[K, torch.Tensor]) -> dict[K, torch.Tensor]:
+    """Return tensors with all their parts, in one exchange; every rank must ask at once."""
+    split = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    if not split:
+        return dict(tensors)
+    group = next(iter(split.values())).device_mesh.get_group()
+    parts: list[Any] = [None] * group.size()
+    dist.all_gather_object(parts, {name: tensor.to_local().cpu() for name, tensor in split.items()}, group=group)
+    joined = {name: torch.cat([part[name] for part in parts]).to(tensor.device) for name, tensor in split.items()}
+    return dict(tensors) | joined
 
 
 def placed(tensor: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
@@ -63,8 +73,9 @@ def placed(tensor: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
 
 def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return an optimizer's state as one process would have it; every rank must ask at once."""
-    state = optimizer.state_dict()
-    return state | {"state": {i: {name: whole(value) for name, value in each.items()} for i, each in _of(state)}}
+    state: dict[str, Any] = optimizer.state_dict()
+    values = whole({(i, name): value for i, each in _of(state) for name, value in each.items()})
+    return state | {"state": {i: {name: values[i, name] for name in each} for i, each in _of(state)}}
 
 
 def placed_state(state: dict[str, Any], parameters: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -75,6 +86,16 @@ def placed_state(state: dict[str, Any], parameters: Sequence[torch.Tensor]) -> d
 
 def _of(state: dict[str, Any]) -> Any:
     return state["state"].items()
+
+
+def gradient_norm(parameters: Sequence[torch.Tensor], ranks: Ranks) -> torch.Tensor:
+    """Return the norm of the gradient over all parameters and all parts of them, []."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if ranks.size == 1:
+        return torch.nn.utils.get_total_norm(grads)
+    mine = torch.nn.utils.get_total_norm([grad.to_local() for grad in grads if isinstance(grad, DTensor)])
+    [square] = ranks.total(float(mine) ** 2)
+    return mine.new_tensor(square).sqrt()
 
 
 def collate_share(blocks: Sequence[VerifiedBlock], weights: RowWeights, ranks: Ranks) -> tuple[Batch, float, int]:

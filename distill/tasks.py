@@ -32,9 +32,11 @@ from adapter.contracts import RegistryError
 from adapter.database import open_database
 from adapter.jobs import Job, Jobs
 from adapter.settings import Settings, child_environment
+from adapter.turns import Turns, takes_turns
 
 log = structlog.get_logger(__name__)
 
+LEASH = (sys.executable, "-m", "distill.leash")
 TRAINER = (sys.executable, "-m", "distill.trainer")
 LAUNCHER = (
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--log-dir", os.devnull,
@@ -98,7 +100,7 @@ class _Run:
         words = folder / f"trainer-{self.job.epoch}.log"
         processes = self.settings.distill.processes
         trainer = TRAINER if processes == 1 else (*LAUNCHER, "--nproc-per-node", str(processes), *TRAINER[1:])
-        command = [*trainer, "--job", self.job.id, "--epoch", str(self.job.epoch)]
+        command = [*LEASH, *trainer, "--job", self.job.id, "--epoch", str(self.job.epoch)]
         with (
             words.open("wb") as stderr,
             subprocess.Popen(
@@ -114,11 +116,14 @@ class _Run:
             reader = threading.Thread(target=self._read, args=(process,), daemon=True)
             reader.start()
             try:
-                ending = self._watch(process)
+                with self._turns(process.pid) as turns:
+                    ending = self._watch(process, turns)
             finally:
                 _end_group(process)
                 reader.join(_TERM_S)
         self._relay()
+        if self.result is not None and turns.waited_s:
+            self.result["waited_s"] = round(turns.waited_s, 3)
         return self._close(ending, process.returncode, words)
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
@@ -126,7 +131,11 @@ class _Run:
         for line in process.stdout:
             self.lines.put(line)
 
-    def _watch(self, process: subprocess.Popen[bytes]) -> str:
+    def _turns(self, group: int) -> Turns:
+        """Let serving go first, where the two share cores."""
+        return Turns(self.settings.run_dir if takes_turns(self.settings) else None, group)
+
+    def _watch(self, process: subprocess.Popen[bytes], turns: Turns) -> str:
         """Relay progress until the trainer exits or must not go on; say which."""
         deadline = time.monotonic() + 2 * self.settings.distill.max_seconds + 120
         lease_s = self.settings.distill.lease_s
@@ -143,7 +152,7 @@ class _Run:
                     extended = now
             if now - extended >= lease_s:
                 return "lost"
-            if now > deadline:
+            if now > deadline + turns.waited_s:
                 return "time_out"
             if self.stopping():
                 return "stopped"

@@ -11,6 +11,7 @@ torchrun ends with 1 whatever its processes ended with, so rank 0 also prints {"
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import threading
@@ -26,6 +27,7 @@ from adapter.contracts import DraftsmithError
 from adapter.cores import step_aside, taking
 from adapter.database import open_database
 from adapter.settings import Settings, load_settings
+from adapter.turns import takes_turns
 from distill.assignment import follow
 from distill.energy import Energy
 from distill.job import run_job
@@ -61,7 +63,8 @@ def _work(settings: Settings, job_id: str, epoch: int) -> None:
     """Do the job, or help the process that does."""
     energy, distill = Energy(), settings.distill
     step_aside(distill.nice)
-    torch.set_num_threads(distill.threads)
+    threads = _threads(settings)
+    torch.set_num_threads(threads)
     ranks = Ranks.alone() if distill.processes == 1 else Ranks.join(distill.processes)
     if not ranks.first:
         follow(distill, ranks)
@@ -69,12 +72,22 @@ def _work(settings: Settings, job_id: str, epoch: int) -> None:
         return
     engine = open_database(settings.database)
     try:
-        with taking(settings.run_dir, distill.processes * distill.threads):
+        with contextlib.ExitStack() as apart:
+            if not takes_turns(settings):
+                apart.enter_context(taking(settings.run_dir, distill.processes * threads))
             result = run_job(settings, engine, job_id, epoch, _print_line, ranks=ranks)
     finally:
         ranks.dismiss()
     _print_line({"result": result | {"joules": energy.joules()}})
     ranks.leave()
+
+
+def _threads(settings: Settings) -> int:
+    """Return how many threads this process computes with."""
+    distill = settings.distill
+    if distill.threads or not takes_turns(settings):
+        return max(1, distill.threads)
+    return max(1, len(os.sched_getaffinity(0)) // distill.processes)
 
 
 def _failed(words: str, status: int) -> int:

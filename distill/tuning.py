@@ -28,7 +28,7 @@ from distill.losses import LossStats, kl_share, sparse_teacher_loss
 from distill.ranks import Ranks
 from distill.scoring import weighted_mean
 from distill.selection import draw_by_segment
-from distill.sharding import collate_share, placed_state, score_together, shard, whole, whole_state
+from distill.sharding import collate_share, gradient_norm, placed_state, score_together, shard, whole_state
 from distill.trials import Trial, Trials, begin, load_trials, save_trials
 from distill.vocabulary import Vocabulary
 from kernels.packed_linear import packing_works
@@ -213,11 +213,12 @@ class _Training:
         part, stats = self._loss(batch, kl_share(settings.loss, done=done, acceptance=trial.acceptance))
         optimizer.zero_grad(set_to_none=True)
         part.backward()  # type: ignore[no-untyped-call]
-        norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRAD_NORM)).item()
+        norm = gradient_norm(self._parameters, self._ranks)
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, _MAX_GRAD_NORM, norm)
         loss, acceptance, read = self._ranks.total(part.item(), weight * stats.acceptance, tokens)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise TrainingError(
-                f"the loss is {loss} with gradient norm {norm} at step {trial.step + 1}; nothing was "
+                f"the loss is {loss} with gradient norm {norm.item()} at step {trial.step + 1}; nothing was "
                 f"published. Lower distill.learning_rates (now {trial.learning_rate:g}) or look at the logged blocks"
             )
         optimizer.step()

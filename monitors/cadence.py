@@ -95,12 +95,19 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def seconds_of(job: Job, now_s: float) -> float:
-    """Return how long a job has computed, as far as it is known; 0 for one that nobody claimed."""
+    """Return how long a job has computed, as far as it is known; 0 for one that nobody claimed.
+
+    While it waited for serving it cost nothing; a job that runs has not said yet how long it did.
+    """
     if job.started_at_s is None:
         return 0.0
-    said = job.result.get("seconds")
-    measured = float(said) if isinstance(said, int | float) and not isinstance(said, bool) else 0.0
-    return max(measured, (now_s if job.finished_at_s is None else job.finished_at_s) - job.started_at_s, 0.0)
+    ended_s = now_s if job.finished_at_s is None else job.finished_at_s
+    took_s = max(_number(job.result.get("seconds")), ended_s - job.started_at_s)
+    return max(0.0, took_s - _number(job.result.get("waited_s")))
+
+
+def _number(said: object) -> float:
+    return float(said) if isinstance(said, int | float) and not isinstance(said, bool) else 0.0
 
 
 def spent(jobs: Sequence[Job], settings: MonitorSettings, now_s: float) -> Spent:

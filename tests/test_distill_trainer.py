@@ -300,7 +300,7 @@ def test_traffic_that_returns_is_a_switch_and_not_a_training(settings, database,
 
 def test_the_process_leaves_when_its_parent_does(settings, database, job):
     """Stdin at its end means the worker is gone: the trainer exits in mid-training and frees its cores."""
-    slow = settings.model_copy(update={"distill": changed(FAST, epochs=2_000.0)})
+    slow = settings.model_copy(update={"distill": changed(FAST, epochs=2_000.0, busy_share=1.0, threads=1)})
     with subprocess.Popen(
         [sys.executable, "-m", "distill.trainer", "--job", job.id, "--epoch", str(job.epoch)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=child_environment(slow),

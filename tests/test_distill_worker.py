@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from adapter.pairs import Pair
 from adapter.registry import Registry
 from adapter.sections import DistillSettings
 from adapter.settings import Settings, child_environment
+from adapter.turns import Lender
 from adapter.wire import to_wire
 from distill import tasks
 
@@ -164,6 +166,41 @@ def test_killing_only_the_main_process_ends_its_trainer_too(settings, jobs, tmp_
         wait_for(lambda: _gone(trainer))
         wait_for(lambda: all(_gone(child) for child in children))
     wait_for(lambda: job_id in jobs.claimable(), 3 * QUICK.lease_s)
+
+
+def test_a_trainer_that_stands_still_for_serving_is_no_orphan(settings, jobs, tmp_path, wait_for):
+    """The worker is killed while its trainer is stopped: the kernel ends it, though it could notice nothing."""
+    lender = Lender(settings.run_dir, share=0.0)
+    with _worker(_slow(settings), tmp_path / "worker.log") as worker:
+        job_id = _request(settings, jobs)
+        wait_for(lambda: jobs.get(job_id).progress.get("step", 0) > 0, START_S)
+        trainer = _trainer_of(jobs.get(job_id))
+        assert trainer is not None
+
+        def stands_still() -> bool:
+            lender.follow(busy=True)
+            return trainer.status() == psutil.STATUS_STOPPED
+
+        wait_for(stands_still)
+        for process in [worker, *worker.children()]:
+            os.kill(process.pid, signal.SIGKILL)
+        wait_for(lambda: _gone(trainer))
+    lender.close()
+
+
+def test_a_trainer_that_waits_for_serving_is_not_late(settings, jobs, wait_for):
+    """Stopped now and then it ends as ever, and the job says how long it waited."""
+    lender = Lender(settings.run_dir, share=0.0)
+    job = jobs.request(reason="test", requested_by="test")
+    calls = itertools.count()
+
+    def serving() -> bool:
+        lender.follow(busy=next(calls) % 8 < 4)  # a second of requests, a second without
+        return False
+
+    assert tasks.supervise(settings, job.id, stopping=serving) == "done"
+    assert 0 < jobs.get(job.id).result["waited_s"] < jobs.get(job.id).result["seconds"] + START_S
+    lender.close()
 
 
 def test_sigterm_stops_the_worker_and_hands_the_job_back(settings, jobs, tmp_path, wait_for):

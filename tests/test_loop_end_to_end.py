@@ -39,6 +39,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "distill": {
         "min_requests": 40, "epochs": 6.0, "max_seconds": 30.0, "learning_rates": (3e-3,), "batch_tokens": 512,
         "rank": 8, "alpha": 16.0, "holdout_share": 0.3, "gate_min_requests": 5, "nice": 0, "lease_s": 3.0,
+        "busy_share": 0.5,
     },
 }  # fmt: skip
 

@@ -501,7 +501,7 @@ def test_a_kept_version_is_switched_to_and_rolled_back_without_a_quarantine(rig:
     before = rig.registry.live().live
     rig.train(action="switch", version=kept, gate={"difference": 0.1})
     assert (rig.phase, rig.registry.live().live) == ("observing", kept)
-    move = rig.registry.audit()[0]
+    move = next(row for row in rig.registry.audit() if row.verb == "promote")
     assert move.reason.startswith(f"switched to v{kept}, which was kept: ")
     assert move.evidence == {"difference": 0.1, "action": "switch", "compared_with": before}
     rig.restart()

@@ -36,7 +36,12 @@ PACE: dict[str, dict[str, Any]] = {
         "retrain_cooldown_s": 3600.0,  # one training is shown; the roll back must not start another
     },
     "engine": {"controller": "fixed"},  # it shows learning: every request is drafted for, worth it or not
-    "distill": {"min_requests": 80, "max_seconds": 120.0, "epochs": 10.0},
+    "distill": {
+        "min_requests": 80,
+        "max_seconds": 120.0,
+        "epochs": 10.0,
+        "busy_share": 1.0,  # its clients never pause, so a training that yields would hardly get a turn
+    },
 }
 
 

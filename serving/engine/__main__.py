@@ -22,6 +22,7 @@ from adapter.logs import configure_logging
 from adapter.models import prepare_pair
 from adapter.settings import Settings, load_settings
 from adapter.streams import BROKEN, connect
+from adapter.turns import Lender, takes_turns
 from serving.engine.build import build_engine
 from serving.engine.server import EngineServer
 
@@ -48,6 +49,7 @@ def main() -> int:
     server = EngineServer(
         built, settings.run_dir, max_waiting=settings.engine.max_waiting,
         max_model_len=settings.engine.max_model_len, facts=Facts(database),
+        lender=Lender(settings.run_dir, settings.distill.busy_share) if takes_turns(settings) else None,
     )  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())

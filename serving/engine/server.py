@@ -18,6 +18,7 @@ import structlog
 import zmq
 
 from adapter.facts import ENGINE, SWAPS, Facts
+from adapter.turns import Lender
 from serving import ipc
 from serving.engine.admission import Admission, Refusal
 from serving.engine.build import Built
@@ -39,6 +40,7 @@ class EngineServer:
 
     Args:
         max_model_len: tokens one request may hold, prompt and answer together.
+        lender: tells a training when it may compute; None never does.
         clock: monotonic seconds.
     """
 
@@ -50,6 +52,7 @@ class EngineServer:
         max_waiting: int,
         max_model_len: int,
         facts: Facts,
+        lender: Lender | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = built.engine
@@ -57,6 +60,7 @@ class EngineServer:
         self._max_waiting = max_waiting
         self._admission = Admission(built, max_model_len)
         self._facts = FactsWriter(facts)
+        self._lender = lender
         self._last_load_s = float("-inf")
         self._clock = clock
         self._engine_id = uuid.uuid4().hex[:8]
@@ -85,7 +89,8 @@ class EngineServer:
         """Serve until `stop`."""
         try:
             while not self._stopping:
-                self._receive(0 if self.engine.busy or self._arrived else _IDLE_WAIT_MS)
+                self._receive(0 if self._lend() else _IDLE_WAIT_MS)
+                self._lend()  # what arrived goes first
                 self._admit()
                 self._built.threads.follow()
                 for delivery in self.engine.step():
@@ -93,8 +98,17 @@ class EngineServer:
                 self._send_snapshot()
         finally:
             self._facts.stop()
+            if self._lender is not None:
+                self._lender.close()
             self._socket.close()
             self._context.term()
+
+    def _lend(self) -> bool:
+        """Let a training on this machine compute while nothing is served; say whether something is."""
+        busy = self.engine.busy or bool(self._arrived)
+        if self._lender is not None:
+            self._lender.follow(busy)
+        return busy
 
     # -- requests in -------------------------------------------------------------------------
 
