@@ -153,6 +153,7 @@ class HotSwap(Follower[Any]):
         self._thread: threading.Thread | None = None
         self.previous: int | None = None
         self.alternates: tuple[int, ...] = ()  # resident, and allowed to draft beside the version in force
+        self.gain: dict[str, float] = {}  # acceptance its gate forecast, by segment; "": overall
         self._named: Live | None = None  # what the registry said last
         self.last: SwapReceipt | None = None
         self.registry_up = True
@@ -245,12 +246,13 @@ class HotSwap(Follower[Any]):
                 return  # until the loop has begun another round; the next look at the registry tries again
         try:
             model = self._resident_or_load(wanted.live, wanted.artifacts[wanted.live])
+            gain = _gain(self._registry.draft(wanted.live).gate)
         except ArtifactError as error:
             self._refuse(wanted.live, error)
             return
         with self._lock:
             self._ready = (wanted.generation, wanted.live, model)
-            self.previous, self._named = wanted.previous, wanted
+            self.previous, self._named, self.gain = wanted.previous, wanted, gain
         self._warm(wanted)
 
     def _resident_or_load(self, version: int, sha256: str | None) -> Any:
@@ -301,6 +303,13 @@ class HotSwap(Follower[Any]):
                 self._companion()
             except Exception:  # the thread that can undo a bad draft must outlive any surprise
                 log.exception("swap_poll_failed")
+
+
+def _gain(gate: dict[str, Any]) -> dict[str, float]:
+    """Read what a gate said of a version, by segment and, under "", of all; nothing where it said nothing."""
+    said = {"": gate, **(gate.get("by_segment") or {})}
+    gains = {name: part.get("difference") for name, part in said.items() if isinstance(part, dict)}
+    return {name: float(gain) for name, gain in gains.items() if isinstance(gain, int | float)}
 
 
 def _beside(wanted: Live) -> tuple[int, ...]:

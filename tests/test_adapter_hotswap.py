@@ -535,3 +535,17 @@ def test_an_alternate_that_cannot_be_loaded_is_left_out(deployment):
             swapper = deployment.follow()
     assert (swapper.alternates, swapper.version) == ((), FLOOR_VERSION)
     assert [line["event"] for line in logs].count("version_not_resident") == 1
+
+
+def test_what_the_gate_said_of_the_live_version_is_known(deployment):
+    """By segment and overall; a gate that said nothing, or something else, is no forecast."""
+    gate = {"difference": 0.1, "by_segment": {"chat": {"difference": 0.2}, "code": None}, "verdict": "Passed"}
+    sha256 = deployment.registry.draft(deployment.publish(5)).artifact_sha256
+    version = deployment.registry.publish(
+        parent=0, state="ready", artifact_sha256=sha256, artifact_bytes=1, trained_on={}, gate=gate, reason="test",
+        job_id=None, actor="test",
+    ).version  # fmt: skip
+    deployment.promote(version)
+    assert deployment.follow().gain == {"": 0.1, "chat": 0.2}
+    deployment.promote(deployment.publish(6))
+    assert deployment.follow().gain == {}

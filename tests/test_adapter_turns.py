@@ -213,5 +213,5 @@ def test_a_training_that_ended_is_forgotten_and_the_next_one_found(run_dir: Path
 )
 def test_who_takes_turns(device: str, share: float, yields: bool) -> None:
     """On a CPU, unless the training is to keep cores of its own; beside a GPU there is nothing to share."""
-    settings = Settings(engine=EngineSettings(device=device), distill=DistillSettings(busy_share=share))  # type: ignore[arg-type]
+    settings = Settings(engine=EngineSettings(device=device), distill=DistillSettings(busy_share=share))
     assert takes_turns(settings) is yields

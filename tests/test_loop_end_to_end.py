@@ -175,22 +175,24 @@ def test_traffic_changes_a_draft_learns_it_and_is_rolled_back(deployment: Deploy
 
     assert clients.failures == []
     assert before == learned == after
-    assert (engine["version"], engine["previous"], engine["generation"]) == (1, 0, 2)
-    assert json.loads(done.stdout) == {"generation": 3, "live": 0, "previous": 1}
-    assert observer.engine()["generation"] == 3
+    assert (engine["version"], engine["previous"], engine["generation"]) == (1, 0, 3)
+    assert engine["alternates"] == [0]  # what was live before drafts on, where it fits better
+    assert json.loads(done.stdout) == {"generation": 4, "live": 0, "previous": 1, "alternates": []}
+    assert observer.engine()["generation"] == 4
     gate = job.result["gate"]
     assert gate["passed"]
     assert gate["interval"][0] > 0
     rows = list(reversed(observer.registry.audit()))
     assert [(row.verb, row.from_version, row.to_version, row.generation) for row in rows] == [
-        ("install", None, 0, 1), ("publish", 0, 1, 1), ("promote", 0, 1, 2), ("roll_back", 1, 0, 3),
+        ("install", None, 0, 1), ("publish", 0, 1, 1), ("promote", 0, 1, 2), ("admit", None, 0, 3),
+        ("roll_back", 1, 0, 4),
     ]  # fmt: skip
-    assert [row.automatic for row in rows] == [True, True, True, False]
-    assert rows[2].actor == "watcher"
-    assert rows[3].reason == "a test says so"
+    assert [row.automatic for row in rows] == [True, True, True, True, False]
+    assert rows[2].actor == rows[3].actor == "watcher"
+    assert rows[4].reason == "a test says so"
     swaps = observer.facts.get(SWAPS)["swaps"]
     assert [(swap["version"], swap["replaced"]) for swap in swaps if swap["generation"] > 1] == [(1, 0), (0, 1)]
-    assert swaps[-1]["at_s"] - rows[3].at_s < 1.0  # the promise: back within a second
+    assert swaps[-1]["at_s"] - rows[4].at_s < 1.0  # the promise: back within a second
     assert observer.acceptance(1) > gate["live"] + 0.3  # live traffic says what the gate forecast
     assert observer.alerted() >= {"AcceptanceDrift", "DraftPromoted"}
     assert len(observer.jobs.latest()) == 1
@@ -226,5 +228,5 @@ def test_the_loop_survives_the_death_of_trainer_valkey_and_worker(deployment: De
     poll_until(lambda: not alive(orphans), 30)
     assert len(observer.jobs.latest()) == 1
     verbs = [(row.verb, row.to_version) for row in reversed(observer.registry.audit())]
-    assert verbs == [("install", 0), ("publish", 1), ("promote", 1)]
+    assert verbs == [("install", 0), ("publish", 1), ("promote", 1), ("admit", 0)]
     assert observer.engine()["log_connected"]

@@ -92,7 +92,8 @@ class Engine:
     def submit(self, request: Sequence) -> None:
         """Queue a request; it joins at the next step that has room."""
         if self.router is not None and self.hotswap is not None and request.version is None:
-            version = self.router.choose(request.segment, self.version, self.hotswap.alternates)
+            swap = self.hotswap
+            version = self.router.choose(request.segment, self.version, swap.alternates, swap.gain)
             if version != self.version:  # what is live may change while it runs, and then it follows
                 request.routed = version
                 self.stats.routed += 1

@@ -264,7 +264,7 @@ class EngineServer:
         router, swap = self.engine.router, self.engine.hotswap
         if router is None or swap is None or not swap.alternates:
             return {}
-        return {"routing": router.explain((swap.version, *swap.alternates))}
+        return {"routing": router.explain(swap.version, swap.alternates, swap.gain)}
 
     def _publish_swaps(self) -> None:
         """Leave the last swaps where the CLI and the dashboard find them."""

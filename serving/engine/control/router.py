@@ -3,8 +3,9 @@
 The versions are what is live and its alternates.  Their fit to a segment is the share of examined tokens that was
 accepted, of requests they drafted for.  For each new request every version's acceptance is drawn from what is known of
 it, and the highest draw wins (Thompson sampling): one that was not tried for long is uncertain and gets its chance, one
-that is known to be worse hardly any.  What is known fades, and is dropped at once where acceptance has changed.  All
-versions cost the same, so acceptance is the whole difference; the text does not depend on the choice.
+that is known to be worse hardly any.  What is known fades, and is dropped at once where acceptance has changed; what
+the gate forecast of a new version is believed until then.  All versions cost the same, so acceptance is the whole
+difference; the text does not depend on the choice.
 
 Sources: Raj and Kalyani, "Taming non-stationary bandits: a Bayesian approach", arXiv 1707.09727 (fading evidence);
 Liu, Lee and Shroff, "A change-detection based framework for piecewise-stationary multi-armed bandit problem",
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 import random
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +27,10 @@ _RECENT = 12  # requests that are compared with those before them
 _CHANGED = 2.5  # standard errors between the two that count as another traffic
 _SPREAD = 0.05  # standard deviation of versions' acceptances around the segment's, before anything is known
 _CLUMPING = 3.0  # how much more requests differ than their tokens would if each was accepted by a coin of its own
+_MOST_GAIN = 0.1  # of what the gate forecast; it saw the prompts that people repeat, too
 _START = (0.3, 20.0)  # acceptance of traffic nobody has seen, and the tokens it is worth
 _SHOWN = 8
+_NOTHING: Mapping[str, float] = {}
 
 
 @dataclass(slots=True)
@@ -48,6 +51,15 @@ class _Fit:
         return abs(accepted / examined - (self.accepted - accepted) / before) > _CHANGED * error
 
 
+@dataclass(slots=True)
+class _Segment:
+    """What is known of each version; whether acceptance has changed since `live` is live."""
+
+    fits: dict[int, _Fit] = field(default_factory=dict)
+    live: int | None = None
+    changed: bool = False
+
+
 class Router:
     """What is known of each version on each segment.
 
@@ -57,20 +69,29 @@ class Router:
 
     def __init__(self, pick: random.Random) -> None:
         self._pick = pick
-        self._segments: OrderedDict[str, dict[int, _Fit]] = OrderedDict()
+        self._segments: OrderedDict[str, _Segment] = OrderedDict()
 
-    def choose(self, segment: str, live: int, alternates: Sequence[int]) -> int:
-        """Return the version that is to draft for a new request."""
+    def choose(self, segment: str, live: int, alternates: Sequence[int], gain: Mapping[str, float] = _NOTHING) -> int:
+        """Return the version that is to draft for a new request.
+
+        Args:
+            gain: acceptance that the live version's gate forecast it to win, by segment; "" stands for all others.
+        """
         if not alternates:
             return live
-        drawn = {version: self._pick.gauss(*law) for version, law in self._laws(segment, (live, *alternates)).items()}
+        known = self._of(segment)
+        if known.live != live:
+            known.live, known.changed = live, False
+        laws = self._laws(segment, live, alternates, gain)
+        drawn = {version: self._pick.gauss(*law) for version, law in laws.items()}
         return max(drawn, key=lambda version: drawn[version])
 
     def observe(self, segment: str, version: int, accepted: int, examined: int) -> None:
         """Hear what became of a request's tokens that a version drafted."""
         if not examined:
             return
-        fits = self._of(segment)
+        known = self._of(segment)
+        fits = known.fits
         for number, fit in list(fits.items()):
             fit.accepted *= _FADE
             fit.examined *= _FADE
@@ -82,41 +103,50 @@ class Router:
         own.recent.append((accepted, examined))
         if own.changed():
             fits.clear()
+            known.changed = True
             own.accepted, own.examined = _sums(own.recent)
             own.recent.clear()
             fits[version] = own
 
-    def explain(self, versions: Sequence[int]) -> dict[str, Any]:
+    def explain(self, live: int, alternates: Sequence[int], gain: Mapping[str, float] = _NOTHING) -> dict[str, Any]:
         """Return the acceptance each version is believed to have, of the segments that were used last; newest first."""
         found = {}
         for segment in list(reversed(self._segments))[:_SHOWN]:
-            laws = self._laws(segment, versions)
+            laws = self._laws(segment, live, alternates, gain)
             found[segment] = {str(version): round(mean, 3) for version, (mean, _) in laws.items()}
         return found
 
-    def _laws(self, segment: str, versions: Sequence[int]) -> dict[int, tuple[float, float]]:
+    def _laws(
+        self, segment: str, live: int, alternates: Sequence[int], gain: Mapping[str, float]
+    ) -> dict[int, tuple[float, float]]:  # fmt: skip
         """Return mean and standard deviation of what is believed of each version's acceptance."""
-        fits = self._segments.get(segment, {})
+        known = self._segments.get(segment, _Segment())
+        fits = known.fits
         value, weight = _START
         accepted = value * weight + sum(fit.accepted for fit in fits.values())
         common = accepted / (weight + sum(fit.examined for fit in fits.values()))
-        return {version: _belief(fits.get(version), common) for version in versions}
+        won = 0.0 if known.changed else gain.get(segment, gain.get("", 0.0))
+        forecast = common + min(_MOST_GAIN, max(-_MOST_GAIN, won))
+        return {
+            version: _belief(fits.get(version), forecast if version == live else common)
+            for version in (live, *alternates)
+        }
 
-    def _of(self, segment: str) -> dict[int, _Fit]:
-        fits = self._segments.setdefault(segment, {})
+    def _of(self, segment: str) -> _Segment:
+        found = self._segments.setdefault(segment, _Segment())
         self._segments.move_to_end(segment)
         if len(self._segments) > MAX_SEGMENTS:
             self._segments.popitem(last=False)
-        return fits
+        return found
 
 
-def _belief(fit: _Fit | None, common: float) -> tuple[float, float]:
-    """Weigh a version's own acceptance against that of the segment, as normal laws; return mean and deviation."""
+def _belief(fit: _Fit | None, expected: float) -> tuple[float, float]:
+    """Weigh a version's own acceptance against what is expected of it, as normal laws; return mean and deviation."""
     prior = 1 / _SPREAD**2
     if fit is None or not fit.examined:
-        return common, _SPREAD
-    own = fit.examined / _variance(common)
-    mean = (own * fit.accepted / fit.examined + prior * common) / (own + prior)
+        return expected, _SPREAD
+    own = fit.examined / _variance(expected)
+    mean = (own * fit.accepted / fit.examined + prior * expected) / (own + prior)
     return mean, math.sqrt(1 / (own + prior))
 
 
