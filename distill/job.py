@@ -77,17 +77,9 @@ def run_job(
     folder.mkdir(parents=True, exist_ok=True)
     evidence = choose(folder, collect(settings, pair, clock), settings)
     run = _Run(
-        settings,
-        engine,
-        pair,
-        evidence,
-        registry.drafts(),
-        registry.live(),
-        Vocabularies(engine).live(),
-        jobs.get(job_id),
-        folder,
-        ranks or Ranks.alone(),
-    )
+        settings, engine, pair, evidence, registry.drafts(), registry.live(), Vocabularies(engine).live(),
+        jobs.get(job_id), folder, ranks or Ranks.alone(),
+    )  # fmt: skip
     fit = run.look_back(clock())
     if fit is not None:
         gate = run.judge(fit.draft.artifact_sha256 or "", None)

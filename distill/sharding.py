@@ -1,9 +1,10 @@
 """One draft, split over the processes of a training: its weights, a step's batch, and the looks at blocks.
 
 Weights are split layer by layer with torch's own FSDP2, so each process holds its part of every layer, and the whole
-of one layer at a time; the output head, and an embedding tied to it, stay whole, since the loss reads all of it at
-once.  Tested on a CPU over gloo; nccl is not.  With one process alone everything here does nothing.  Knows nothing
-about jobs.  Called by `distill.tuning`, `distill.factors` and `distill.assignment`.
+of one layer at a time.  Head and embedding stay whole: the loss reads all of the head at once, the two are often one
+tensor, and sending so much for every pass would cost more than it saves.  Tested on a CPU over gloo; nccl is not.
+With one process alone everything here does nothing.  Knows nothing about jobs.  Called by `distill.tuning`,
+`distill.factors` and `distill.assignment`.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def shard(model: Any, ranks: Ranks) -> None:
     if ranks.size == 1:
         return
     use_packed_attention(model)  # transformers asks for the class, which sharding replaces
-    head = model.get_output_embeddings().weight
-    mesh = init_device_mesh(head.device.type, (ranks.size,))
+    kept = {model.get_output_embeddings().weight, model.get_input_embeddings().weight}
+    mesh = init_device_mesh(next(iter(kept)).device.type, (ranks.size,))
     parts = [
-        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params={head})
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
         for part in (*model.model.layers, model.model)
     ]
     for part in parts:

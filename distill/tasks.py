@@ -197,14 +197,13 @@ class _Run:
             if self.progress is not None:
                 self._heartbeat()
             return "done" if self.jobs.finish(job_id, epoch, result=self.result) else "lost"
-        if ending == "exited" and self.failure is not None:  # torchrun's own status and words say less
-            status = int(self.failure.get("status", status))
+        failure = (self.failure if ending == "exited" else None) or {}  # torchrun's own status and words say less
+        status = int(failure.get("status", status))
         reason = {
             "time_out": f"stopped after {2 * self.settings.distill.max_seconds + 120:g} s",
             "stopped": "the worker was stopped; the next one goes on from the checkpoint",
         }.get(ending, f"the trainer {_describe(status)}")
-        said = self.failure.get("error") if ending == "exited" and self.failure is not None else None
-        tail = "" if ending == "stopped" else str(said or _tail(words))[-_ERROR_CHARS:]
+        tail = "" if ending == "stopped" else str(failure.get("error") or _tail(words))[-_ERROR_CHARS:]
         retry = not (ending == "exited" and status == _FINAL_ERROR)
         self.jobs.fail(job_id, epoch, error=f"{reason}: {tail}" if tail else reason, retry=retry)
         log.warning("trainer_failed", job_id=job_id, epoch=epoch, reason=reason)

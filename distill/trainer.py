@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     try:
-        _work(load_settings(), arguments.job, arguments.epoch)
+        settings = load_settings()
+        processes = settings.distill.processes
+        ranks = Ranks.alone() if processes == 1 else Ranks.join(processes)
+        work(settings, ranks, arguments.job, arguments.epoch)
     except ReplayError as error:
         return _failed(str(error), 1)
     except DraftsmithError as error:
@@ -59,13 +62,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _work(settings: Settings, job_id: str, epoch: int) -> None:
-    """Do the job, or help the process that does."""
+def work(settings: Settings, ranks: Ranks, job_id: str, epoch: int) -> None:
+    """Do the job, or help the process that does; leave the others then."""
     energy, distill = Energy(), settings.distill
     step_aside(distill.nice)
     threads = _threads(settings)
     torch.set_num_threads(threads)
-    ranks = Ranks.alone() if distill.processes == 1 else Ranks.join(distill.processes)
     if not ranks.first:
         follow(distill, ranks)
         ranks.leave()
