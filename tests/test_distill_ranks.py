@@ -309,6 +309,7 @@ def _alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [item for item in processes if item.is_running() and item.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_a_job_of_two_processes_publishes_a_version_like_any_other(settings, jobs, database, pair):
     """Through the task: trained by two, judged and published by one, with all cores told and one voice heard."""
     job, cores = jobs.request(reason="test", requested_by="test"), set()
@@ -328,6 +329,7 @@ def test_a_job_of_two_processes_publishes_a_version_like_any_other(settings, job
     assert _family(job) == []
 
 
+@pytest.mark.slow
 def test_a_job_that_cannot_work_ends_for_good_in_rank_0s_words(settings, jobs, database):
     """Without a pair rank 0 hands nothing out: the other leaves, and torchrun's status does not hide the reason."""
     Facts(database).drop(PAIR)
@@ -343,6 +345,7 @@ def _slow(settings: Settings) -> Settings:
     return settings.model_copy(update={"distill": settings.distill.model_copy(update={"epochs": 200.0})})
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_a_task_that_is_killed(settings, jobs, wait_for):
     """SIGKILL of the process group of the task: torchrun and its ranks, each in a session of its own, go too."""
     job = jobs.request(reason="test", requested_by="test")
@@ -364,6 +367,7 @@ def test_no_rank_outlives_a_task_that_is_killed(settings, jobs, wait_for):
                 process.kill()
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_its_launcher(settings, jobs, monkeypatch):
     """A launcher that is killed leaves processes in sessions of their own: when the task has ended they are gone."""
     script = """

@@ -188,6 +188,7 @@ def test_a_trainer_that_stands_still_for_serving_is_no_orphan(settings, jobs, tm
     lender.close()
 
 
+@pytest.mark.slow
 def test_a_trainer_that_waits_for_serving_is_not_late(settings, jobs, wait_for):
     """Stopped now and then it ends as ever, and the job says how long it waited."""
     lender = Lender(settings.run_dir, share=0.0)
