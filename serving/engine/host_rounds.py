@@ -142,14 +142,15 @@ def _record(rounds: list[Round], output: TargetOutput, top_k: int) -> None:
     for item in sound:
         if item.request.logprobs is not None:
             item.logprobs = token_logprobs(output.logits[begins[id(item)] :], item.tokens, item.request.logprobs)
-    wanted = [begins[id(item)] + j for item in sound for j in range(item.num_accepted + 1)]
+    logged = [item for item in sound if item.request.learn]
+    wanted = [begins[id(item)] + j for item in logged for j in range(item.num_accepted + 1)]
     if not top_k or not wanted:
         return
     logits = output.logits if len(wanted) == len(output.logits) else output.logits[torch.tensor(wanted)]
     found = sparse_log_probs(logits, min(top_k, logits.shape[1]))
     ids, logprobs = found[0].numpy().astype("<u4"), found[1].numpy().astype("<f2")
     row = 0
-    for item in sound:
+    for item in logged:
         end = row + item.num_accepted + 1
         item.top = TopTokens(ids[row:end], logprobs[row:end])
         row = end
