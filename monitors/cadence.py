@@ -8,8 +8,8 @@ What each state needs to end well; its time-out; where it leads:
   recovered) or cooling.
 * training: the job's end, which its gate decides; the trainer's own limit, or a day without any worker; to observing,
   cooling or held.
-* observing: `guard_min_requests` comparable requests whose interval leaves the margin; ten times as many, or a day; to
-  watching, cooling (rolled back) or held.
+* observing: `guard_min_requests` comparable requests whose interval leaves the margin, or whose mean is within it once
+  there is evidence for another training; ten times as many, or a day; to watching, cooling (rolled back) or held.
 * cooling: time; `retrain_cooldown_s`, doubled by every failure, an hour at the most, or until the budget has room; to
   watching, or training (a person asked).
 * held: a person, who asks for a training or moves a version; a day where the loop gave up, none where trainings do not

@@ -10,6 +10,7 @@ the workers about jobs.  `monitors.watcher` calls it.
 from __future__ import annotations
 
 import contextlib
+import math
 
 from adapter.contracts import ConflictError, RegistryError
 from adapter.jobs import OPEN_STATES, Job
@@ -82,7 +83,7 @@ class LearningLoop(Transitions):
         drifting = self._drifting()
         if drifting:
             self._enter("collecting", f"acceptance fell on {_names(drifting)}; collecting requests to train on")
-        elif self.state.evidence.weight >= self._needed() and self._rested():
+        elif self._evidence_is_there():
             count = sum(self.state.evidence.counted.values())
             self._request(f"{count:,} requests were served since the last training, without any drift", ())
 
@@ -126,12 +127,16 @@ class LearningLoop(Transitions):
             return
         self._judged = guard.served
         judgement = guard.judge(self._settings.monitors)
-        if judgement.verdict == "wait" and not waited:
+        # A close question must not hold up learning: the next version is compared with this one anyway.
+        lost = math.inf if judgement.difference is None else -judgement.difference
+        close = lost <= self._settings.monitors.guard_margin and self._evidence_is_there()
+        if judgement.verdict == "wait" and not waited and not close:
             self.state.sentence = judgement.reason
         elif judgement.verdict == "roll_back":
             self._undo(guard, judgement)
         else:
-            reason = judgement.reason if judgement.verdict == "keep" else f"kept after a day: {judgement.reason}"
+            why = "after a day" if waited else "to learn on"
+            reason = judgement.reason if judgement.verdict == "keep" else f"kept {why}: {judgement.reason}"
             self._notices.resolve("DraftPromoted", f"v{guard.version}", reason)
             self._judged_hook(guard, self.state.generation, True)
             self.state.guard, self.state.failures, self.state.in_vain = None, 0, 0
@@ -179,6 +184,10 @@ class LearningLoop(Transitions):
         if used.free_at_s is None:
             self._notices.resolve("TrainingBudgetSpent", LOOP, "there is room for a training again")
         return used
+
+    def _evidence_is_there(self) -> bool:
+        """Whether enough was served since the last training for another one."""
+        return self._settings.monitors.adapt and self.state.evidence.weight >= self._needed() and self._rested()
 
     def _rested(self) -> bool:
         ended = max((job.finished_at_s or job.created_at_s for job in self._jobs.latest(5)), default=None)

@@ -638,3 +638,33 @@ def test_an_admission_against_another_version_is_not_made(database: Engine, valk
     bench.tick()
     assert bench.registry.live().alternates == ()
     assert "was not admitted: it was compared with v7" in bench.watcher.loop.state.sentence
+
+
+def test_a_close_question_holds_up_no_training(database: Engine, valkey_url: str) -> None:
+    """The guard cannot tell two like versions apart; with enough new evidence the next training begins anyway."""
+    bench = Bench(database, valkey_url, evidence_requests=150, guard_margin=0.002)
+    bench.serve(200, 0.5)
+    assert bench.phase == "training"
+    version = bench.train()
+    bench.tick()
+    bench.serve(100, 0.5)
+    assert bench.phase == "observing"
+    assert bench.watcher.loop.state.sentence.startswith(f"watching v{version}: ")
+    bench.now += 40.0  # the pause after a training
+    bench.serve(60, 0.5)
+    bench.tick(times=3)
+    assert bench.phase == "training"
+    assert "requests were served since the last training" in bench.jobs.latest()[0].reason
+    assert bench.registry.live().live == version
+
+
+def test_a_guard_that_has_seen_too_little_is_waited_for(database: Engine, valkey_url: str) -> None:
+    """Evidence alone does not end an observation before its first verdict is possible."""
+    bench = Bench(database, valkey_url, evidence_requests=30, guard_min_requests=60)
+    bench.serve(100, 0.5)
+    assert bench.phase == "training"
+    bench.train()
+    bench.tick()
+    bench.serve(50, 0.5)
+    assert bench.phase == "observing"
+    assert "is judged after 60 comparable requests" in bench.watcher.loop.state.sentence
