@@ -2,9 +2,8 @@
 
 Rank 0 collects, decides and publishes; the others help it with what it hands out.  A process alone is a group of
 its own, where every call returns what it was given, so that nobody asks how many there are.  Built on
-torch.distributed as torchrun sets it up: gloo for what lies in a CPU's memory, which is what is tested, and nccl for
-tensors on CUDA, which is not.  Knows nothing about models or jobs.  Called by `distill.trainer`, `distill.tuning`,
-`distill.sharding` and `distill.assignment`.
+torch.distributed over gloo, as torchrun sets it up, because training stays on the CPU.  Knows nothing about models
+or jobs.  Called by `distill.trainer`, `distill.tuning`, `distill.sharding` and `distill.assignment`.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ class Ranks:
             )
         if _LOOPBACK in [name for _, name in socket.if_nameindex()]:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        dist.init_process_group("gloo", timeout=_PATIENCE)
         return Ranks(dist.get_rank(), dist.get_world_size())
 
     @property

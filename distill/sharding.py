@@ -2,7 +2,7 @@
 
 Weights are split layer by layer with torch's own FSDP2, so each process holds its part of every layer, and the whole
 of one layer at a time.  Head and embedding stay whole: the loss reads all of the head at once, the two are often one
-tensor, and sending so much for every pass would cost more than it saves.  Tested on a CPU over gloo; nccl is not.
+tensor, and sending so much for every pass would cost more than it saves.
 With one process alone everything here does nothing.  Knows nothing about jobs.  Called by `distill.tuning`,
 `distill.factors` and `distill.assignment`.
 """

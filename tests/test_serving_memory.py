@@ -10,6 +10,7 @@ from tiny_pair import ENGINE, pair_settings
 
 from adapter.contracts import SettingsError
 from adapter.database import migrate, open_database
+from adapter.hotswap import MERGED_SLOTS
 from adapter.models import DTYPES, load_draft, load_target, prepare_pair
 from adapter.sections import EngineSettings
 from serving.engine.attention import KVPool
@@ -44,7 +45,8 @@ def test_the_terms_are_what_the_tensors_take(folder, tmp_path, dtype, draft_dtyp
     assert sizes.target_weights == _bytes(target)
     assert sizes.draft_weights == _bytes(target, base) - _bytes(target)
     linear = sum(base.get_submodule(name).weight.nbytes for name in pair.lora_shapes)
-    assert sizes.draft_slots == 4 * linear
+    slots = 1 + MERGED_SLOTS + ENGINE.alternates  # and the pristine weights
+    assert sizes.draft_slots == slots * linear
     for model, token in ((target, sizes.target_kv), (base, sizes.draft_kv)):
         pool = KVPool(model.config, 3, 8, model.dtype)
         assert sum(item.nbytes for item in (*pool.keys, *pool.values)) == 24 * token
