@@ -159,7 +159,7 @@ class HotSwap(Follower[Any]):
         self.registry_up = True
         self._choosable: dict[int, Any] = {FLOOR_VERSION: slots.get(FLOOR_VERSION)}  # the same all through a round
         self._refused: tuple[int, str] | None = None
-        self._unloadable: set[tuple[int, int]] = set()  # generation and version, said once
+        self._unloadable: set[int] = set()  # versions that were tried in this generation
         self._back_at: int | None = None  # an older generation the registry showed, said once
 
     @property
@@ -253,6 +253,7 @@ class HotSwap(Follower[Any]):
         with self._lock:
             self._ready = (wanted.generation, wanted.live, model)
             self.previous, self._named, self.gain = wanted.previous, wanted, gain
+        self._unloadable.clear()
         self._warm(wanted)
 
     def _resident_or_load(self, version: int, sha256: str | None) -> Any:
@@ -273,14 +274,12 @@ class HotSwap(Follower[Any]):
         for version in _beside(wanted):
             with self._lock:
                 waits = self._slots.get(version) is not None or not self._slots.can_load
-            if waits or (wanted.generation, version) in self._unloadable:
+            if waits or version in self._unloadable:
                 continue
             try:
                 self._resident_or_load(version, wanted.artifacts[version])
             except ArtifactError as error:
-                self._unloadable = {(wanted.generation, version)} | {
-                    item for item in self._unloadable if item[0] == wanted.generation
-                }
+                self._unloadable.add(version)
                 log.warning("version_not_resident", version=version, error=str(error))
 
     def _refuse(self, version: int, error: ArtifactError) -> None:

@@ -66,8 +66,9 @@ def bootstrap(
     _claim(work, recipe, target)
     _write_shards(target, work, recipe, report)
     shards = [_load_shard(work, i) for i in range(recipe.shards)]
-    model = train(_begin(target, start, recipe), shards[:-1], recipe, work, report)
+    model = _begin(target, start, recipe)
     vocabulary = used_tokens(shards[:-1], recipe.vocab_size, model.lm_head.weight.shape[0])
+    model = train(model, shards[:-1], vocabulary, recipe, work, report)
     measured = evaluate(model, shards[-1], recipe.batch_rows, vocabulary)
     return _export(model, target, target_name, out, recipe, measured)
 
@@ -145,10 +146,13 @@ def _kept_name(name: str, layers: list[int]) -> str | None:
     return None
 
 
+def _layers(target: Path, recipe: Recipe) -> list[int]:
+    return choose_layers(read_config(target)["num_hidden_layers"], recipe.layers)
+
+
 def _begin(target: Path, start: Path | None, recipe: Recipe) -> Any:
     """Build the draft that training begins with."""
-    layers = choose_layers(read_config(target)["num_hidden_layers"], recipe.layers)
-    model = prune(target, layers)
+    model = prune(target, _layers(target, recipe))
     if start is not None:
         begin = {name: value.float() for name, value in load_file(start / DRAFT_TENSORS).items()}
         model.load_state_dict(begin, strict=False)
@@ -162,7 +166,7 @@ def _check_start(start: Path, target: Path, recipe: Recipe) -> Recipe:
         SettingsError: a draft of another target, or of other layers.
     """
     manifest = load_draft_manifest(start)
-    layers = tuple(choose_layers(read_config(target)["num_hidden_layers"], recipe.layers))
+    layers = tuple(_layers(target, recipe))
     if manifest.target_fingerprint != model_fingerprint(target):
         raise SettingsError(f"{start} is a draft of {manifest.target_name}, not of this target; leave --start out")
     if manifest.layers != layers:
@@ -187,7 +191,7 @@ def _export(
     positions = recipe.steps * recipe.batch_rows * (recipe.length - 1)
     read_shared(target)  # a target whose embedding cannot be shared fails here and not at serving time
     manifest = DraftManifest(
-        kind="pruned", layers=tuple(choose_layers(read_config(target)["num_hidden_layers"], recipe.layers)),
+        kind="pruned", layers=tuple(_layers(target, recipe)),
         target_name=target_name, target_fingerprint=model_fingerprint(target),
         sha256=file_sha256(out / DRAFT_TENSORS), licence="Apache-2.0",
         recipe={**asdict(recipe), "tokens": tokens, "positions": positions},

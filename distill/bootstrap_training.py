@@ -28,14 +28,15 @@ _SAVE_EVERY = 40
 _SMOOTH = 0.9  # of the acceptance, which the schedule of the loss follows
 
 
-def train(model: Any, shards: Sequence[SelfPlay], recipe: Recipe, work: Path, report: Report) -> Any:
+def train(
+    model: Any, shards: Sequence[SelfPlay], vocabulary: Vocabulary, recipe: Recipe, work: Path, report: Report
+) -> Any:  # fmt: skip
     """Train the layers and the final norm of a draft; embedding and head stay the target's."""
     own = [p for name, p in model.named_parameters() if ".layers." in name or name == "model.norm.weight"]
     for parameter in own:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(own, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     step, acceptance = _resume(work, model, optimizer)
-    vocabulary = used_tokens(shards, recipe.vocab_size, model.lm_head.weight.shape[0])
     head = vocabulary.head_of(model.lm_head.weight.detach())
     rows = [(shard, row) for shard in range(len(shards)) for row in range(recipe.rows)]
     model.train()
@@ -76,21 +77,20 @@ def own_weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def evaluate(model: Any, chats: SelfPlay, batch_rows: int, vocabulary: Vocabulary | None = None) -> dict[str, Any]:
+def evaluate(model: Any, chats: SelfPlay, batch_rows: int, vocabulary: Vocabulary) -> dict[str, Any]:
     """Score a draft on chats it never saw: how often its likeliest token is the target's, in answers.
 
     That is the acceptance of greedy traffic, given that everything before was right.  `vocabulary`: what it scores.
     """
     hits = total = 0
     model.eval()
-    scored = vocabulary or Vocabulary(None, model.lm_head.weight.shape[0])
-    head = scored.head_of(model.lm_head.weight)
+    head = vocabulary.head_of(model.lm_head.weight)
     for start in range(0, len(chats.token_ids), batch_rows):
         part = slice(start, start + batch_rows)
         mask = chats.answer_mask[part] & chats.free_mask[part]
         hidden = model.model(input_ids=chats.token_ids[part, :-1].long(), use_cache=False).last_hidden_state[mask]
         for piece, truth in zip(hidden.split(512), chats.topk_ids[part][mask][:, 0].split(512), strict=True):
-            hits += int(((piece @ head.T).argmax(-1) == scored.find(truth.long())).sum())
+            hits += int(((piece @ head.T).argmax(-1) == vocabulary.find(truth.long())).sum())
             total += len(truth)
     return {"acceptance": hits / max(1, total), "positions": total, "what": "greedy, held-out self-written chats"}
 

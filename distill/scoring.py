@@ -33,7 +33,7 @@ from kernels.acceptance import gumbel_acceptance, maximal_acceptance
 from kernels.sampling import RowParams, shape_logits
 
 _CHUNK_ROWS = 256
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 _TINY = 1e-9
 
 
@@ -58,7 +58,7 @@ def score_blocks(
     scores: list[NDArray[Any]] = [np.empty(0)] * len(blocks)
     requests = places_by_request(blocks)  # read in one row, a request's blocks need their context once
     sizes = [num_tokens([blocks[i] for i in group]) for group in requests]
-    for chosen in plan_batches(sizes, _BATCH_TOKENS, "score"):
+    for chosen in plan_batches(sizes, BATCH_TOKENS, "score"):
         group = [i for request in chosen for i in requests[request]]
         batch = collate([blocks[i] for i in group])
         with torch.inference_mode():

@@ -2,9 +2,8 @@
 
 Weights are split layer by layer with torch's own FSDP2, so each process holds its part of every layer, and the whole
 of one layer at a time.  Head and embedding stay whole: the loss reads all of the head at once, the two are often one
-tensor, and sending so much for every pass would cost more than it saves.
-With one process alone everything here does nothing.  Knows nothing about jobs.  Called by `distill.tuning`,
-`distill.factors` and `distill.assignment`.
+tensor, and sending so much for every pass would cost more than it saves.  With one process alone everything here
+does nothing.  Knows nothing about jobs.  Called by `distill.tuning`, `distill.factors` and `distill.assignment`.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from distill.batches import Batch, RowWeights, by_request, collate, num_tokens, 
 from distill.grouping import places_by_request
 from distill.packing import use_packed_attention
 from distill.ranks import Ranks
-from distill.scoring import score_blocks
+from distill.scoring import BATCH_TOKENS, score_blocks
 
 K = TypeVar("K", bound=Hashable)
 
-_LOOK_TOKENS = 2048  # no more than `score_blocks` reads in one forward pass, which all ranks must start together
+_LOOK_TOKENS = BATCH_TOKENS // 2  # one forward pass of `score_blocks`, which all ranks must start together
 
 
 def shard(model: Any, ranks: Ranks) -> None:

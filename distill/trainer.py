@@ -86,10 +86,7 @@ def work(settings: Settings, ranks: Ranks, job_id: str, epoch: int) -> None:
 
 def _threads(settings: Settings) -> int:
     """Return how many threads this process computes with."""
-    distill = settings.distill
-    if distill.threads or not takes_turns(settings):
-        return max(1, distill.threads)
-    return max(1, len(os.sched_getaffinity(0)) // distill.processes)
+    return settings.distill.threads or (len(os.sched_getaffinity(0)) if takes_turns(settings) else 1)
 
 
 def _failed(words: str, status: int) -> int:

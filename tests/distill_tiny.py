@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
+import redis
 import torch
+from sqlalchemy import Engine
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from adapter import keys
 from adapter.contracts import SCHEMA_VERSION, Sampling, Verdict, VerifiedBlock, VersionSpan
+from adapter.facts import PAIR, Facts
 from adapter.pairs import LORA_MODULES, Pair, model_fingerprint
+from adapter.registry import Registry
+from adapter.wire import to_wire
 
 VOCAB = 64
 TOP_K = 16
@@ -111,3 +118,13 @@ def block_of(
         tail_mass=(1 - np.exp(logprobs).sum(-1)).astype("<f4").tobytes(),
         logged_at_s=1000.0,
     )
+
+
+def log_requests(pair: Pair, database: Engine, client: redis.Redis) -> None:
+    """Have the pair served and 60 of its requests logged, as a trainer finds them."""
+    Facts(database).put(PAIR, msgspec.to_builtins(pair))
+    Registry(database).install_base(
+        target_fingerprint=pair.target_fingerprint, base_fingerprint=pair.base_fingerprint, actor="test"
+    )
+    for block in make_blocks(pair, 60, seed=4, name="q"):
+        client.xadd(keys.BLOCKS, {keys.PAYLOAD_FIELD: to_wire(block)})

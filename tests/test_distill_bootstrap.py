@@ -67,7 +67,9 @@ def test_training_makes_the_draft_better(target, done):
     """The loss falls, and held-out chats agree more often than with the untrained pruned layers."""
     losses = [figures["kl"] for phase, _, _, figures in done[3] if phase == "training"]
     assert sum(losses[-5:]) < sum(losses[:5])
-    untrained = evaluate(prune(target, [0, 2]), _load_shard(done[1], RECIPE.shards - 1), 8)
+    pruned, shards = prune(target, [0, 2]), [_load_shard(done[1], i) for i in range(RECIPE.shards)]
+    vocabulary = used_tokens(shards[:-1], RECIPE.vocab_size, pruned.lm_head.weight.shape[0])
+    untrained = evaluate(pruned, shards[-1], 8, vocabulary)
     assert done[2].measured["acceptance"] >= untrained["acceptance"]
 
 

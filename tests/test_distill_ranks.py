@@ -20,10 +20,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from distill_tiny import make_blocks, make_pair
+from distill_tiny import log_requests, make_blocks, make_pair
 from tiny_pair import random_factors
 
-from adapter import artifacts, keys
+from adapter import artifacts
 from adapter.contracts import SettingsError, VerifiedBlock
 from adapter.cores import taken
 from adapter.database import migrate, open_database
@@ -34,7 +34,6 @@ from adapter.pairs import Pair, expected_tensors
 from adapter.registry import Registry
 from adapter.sections import DistillSettings
 from adapter.settings import Settings, child_environment, load_settings
-from adapter.wire import to_wire
 from distill import tasks, trainer
 from distill.batches import RowWeights, judged_states
 from distill.factors import attach
@@ -278,12 +277,7 @@ def test_a_trainer_that_torchrun_did_not_start_says_so():
 @pytest.fixture
 def settings(tmp_path, valkey_url, database, pair, valkey_client) -> Settings:
     """A deployment with the tiny pair served, 60 requests logged, and trainings on two processes."""
-    Facts(database).put(PAIR, msgspec.to_builtins(pair))
-    Registry(database).install_base(
-        target_fingerprint=pair.target_fingerprint, base_fingerprint=pair.base_fingerprint, actor="test"
-    )
-    for block in make_blocks(pair, 60, seed=4, name="q"):
-        valkey_client.xadd(keys.BLOCKS, {keys.PAYLOAD_FIELD: to_wire(block)})
+    log_requests(pair, database, valkey_client)
     return Settings(
         data_dir=tmp_path / "data", redis_url=valkey_url, database_url=f"sqlite:///{tmp_path / 'draftsmith.db'}",
         distill=FAST.model_copy(update={"processes": 2, "epochs": 1.0, "lease_s": 30.0}),

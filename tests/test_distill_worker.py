@@ -11,21 +11,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import psutil
 import pytest
-from distill_tiny import make_blocks, make_pair
+from distill_tiny import log_requests, make_pair
 
-from adapter import keys
 from adapter.broker import announce_job
-from adapter.facts import PAIR, Facts
 from adapter.jobs import Job, Jobs
 from adapter.pairs import Pair
 from adapter.registry import Registry
 from adapter.sections import DistillSettings
 from adapter.settings import Settings, child_environment
 from adapter.turns import Lender
-from adapter.wire import to_wire
 from distill import tasks
 
 QUICK = DistillSettings(
@@ -50,12 +46,7 @@ def pair(tmp_path_factory) -> Pair:
 @pytest.fixture
 def settings(tmp_path, valkey_url, database, pair, valkey_client) -> Settings:
     """A deployment with the tiny pair served and 60 requests logged."""
-    Facts(database).put(PAIR, msgspec.to_builtins(pair))
-    Registry(database).install_base(
-        target_fingerprint=pair.target_fingerprint, base_fingerprint=pair.base_fingerprint, actor="test"
-    )
-    for block in make_blocks(pair, 60, seed=4, name="q"):
-        valkey_client.xadd(keys.BLOCKS, {keys.PAYLOAD_FIELD: to_wire(block)})
+    log_requests(pair, database, valkey_client)
     return Settings(
         data_dir=tmp_path / "data",
         redis_url=valkey_url,
